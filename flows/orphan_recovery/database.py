@@ -1,0 +1,123 @@
+"""The way to the database: its address, the engine, time-outs, and words for what went wrong.
+
+The hazards are a secret in a log line, and a sweep that waits for ever behind somebody's lock.
+Addresses are shown without their password, bound values are kept out of error texts, and every
+transaction of our own has a lock and a statement time-out.
+"""
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from sqlalchemy import URL, func, make_url, select
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
+
+from orphan_recovery.settings import DATABASE_VARIABLES, ConfigurationError, load_settings
+
+Executor = AsyncConnection | AsyncSession
+"""What the verbs run on: our own connection, or the session of a caller."""
+
+CONNECT_TIMEOUT_SECONDS: Final = 10
+LOCK_TIMEOUT_MS: Final = 5_000
+STATEMENT_TIMEOUT_MS: Final = 60_000
+POOL_SIZE: Final = 8
+"""Connections at most, and so runs marked side by side."""
+
+_POSTGRES_NAMES = frozenset({"postgres", "postgresql"})
+
+
+def database_url(raw: str | None = None) -> URL:
+    """The address to use, with psycopg as its driver.
+
+    Args:
+        raw: an address as people write them (``postgres://``, ``postgresql://``, or with another
+            driver's name); without it, the environment's ``ORPHAN_RECOVERY_DATABASE_URL``, else
+            ``DATABASE_URL``.
+
+    Raises:
+        ConfigurationError: none is set, it cannot be read, or it is not Postgres.
+    """
+    if raw is None:
+        secret = load_settings().database_url
+        if secret is None:
+            raise ConfigurationError(
+                f"no database: set {' or '.join(DATABASE_VARIABLES)} to the address of the "
+                "database that holds the runs, such as postgresql://user:password@host/name"
+            )
+        raw = secret.get_secret_value()
+    try:
+        url = make_url(raw.strip())
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            f"the database address {redact(raw)!r} cannot be read: it should look like "
+            "postgresql://user:password@host:5432/name, with special characters in the "
+            "password percent-encoded"
+        ) from None
+    kind = url.drivername.partition("+")[0]
+    if kind not in _POSTGRES_NAMES:
+        raise ConfigurationError(
+            f"the database address names {kind!r}: only Postgres is supported, as "
+            "postgresql://user:password@host/name"
+        )
+    return url.set(drivername="postgresql+psycopg")
+
+
+def make_engine(url: URL | None = None) -> AsyncEngine:
+    """An engine of our own; nothing connects before it is used. Dispose of it when done."""
+    return create_async_engine(
+        url or database_url(),
+        pool_size=POOL_SIZE,
+        max_overflow=0,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={
+            "application_name": "orphan-recovery",
+            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            # Never a generic plan: only a plan for the values at hand can use the partial
+            # index. It also keeps transaction poolers such as PgBouncer happy.
+            "prepare_threshold": None,
+        },
+    )
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """One transaction of our own, with time-outs that end with it.
+
+    Commits when the block ends well, rolls back when it raises. It always runs READ COMMITTED,
+    which lets the mark see a row as it stands once its lock is held.
+    """
+    async with engine.connect() as connection:
+        await connection.execution_options(isolation_level="READ COMMITTED")
+        async with connection.begin():
+            await connection.execute(
+                select(
+                    func.set_config("lock_timeout", str(LOCK_TIMEOUT_MS), True),
+                    func.set_config("statement_timeout", str(STATEMENT_TIMEOUT_MS), True),
+                )
+            )
+            yield connection
+
+
+_IN_ADDRESS = re.compile(r"(://[^:/?#\s@]*:)([^\s]*)(@)")
+_AS_KEYWORD = re.compile(r"((?:password|passwd|pwd)\s*=\s*)('[^']*'|[^\s&;]+)", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """``text`` without the passwords of any address or connection string in it."""
+    return _AS_KEYWORD.sub(r"\1***", _IN_ADDRESS.sub(r"\1***\3", text))
+
+
+def describe(error: BaseException) -> str:
+    """One line that says what went wrong, safe to log, store and show.
+
+    It has the error's class, the server's own message and SQLSTATE where there is one, and never
+    a password or the values of a statement.
+    """
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+    message = " ".join(str(cause).split()) or "no message"
+    code = getattr(cause, "sqlstate", None)
+    suffix = f" (SQLSTATE {code})" if isinstance(code, str) else ""
+    return redact(f"{type(cause).__name__}: {message[:600]}{suffix}")

@@ -1,0 +1,261 @@
+"""The ledger: the append-only record of sweeps and their verdicts.
+
+The hazard is a history that can be edited, or that says something else than what was done. A
+verdict is written in the transaction of its mark, a trigger refuses to change or delete it, and
+a sweep is closed once. The tables live in a schema of their own, beside the runs.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from enum import StrEnum
+from importlib.metadata import version
+from typing import Any, Final
+
+from sqlalchemy import (
+    Column,
+    Integer,
+    Interval,
+    MetaData,
+    ScalarSelect,
+    Table,
+    Text,
+    Uuid,
+    case,
+    func,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, insert
+
+from orphan_recovery.database import Executor
+from orphan_recovery.detect import Fleet
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.runs import DEFAULT_TABLE
+from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.verdict import Outcome, Verdict
+
+SCHEMA: Final = "orphan_recovery"
+DEFAULT_TARGET: Final = "default"
+DEAD_AFTER: Final = timedelta(hours=1)
+"""A sweep that is open and gave no verdict for so long is taken for dead and closed."""
+
+_AWARE = TIMESTAMP(timezone=True)
+_metadata = MetaData(schema=SCHEMA)
+
+sweeps: Final = Table(
+    "sweeps",
+    _metadata,
+    Column("sweep_id", Uuid, primary_key=True),
+    Column("target", Text),
+    Column("table_name", Text),
+    Column("asked_by", Text),
+    Column("reason", Text),
+    Column("threshold", Interval),
+    Column("scope", JSONB),
+    Column("version", Text),
+    Column("opened_at", _AWARE),
+    Column("in_flight", Integer),
+    Column("undatable", Integer),
+    Column("ahead", Integer),
+    Column("ended_at", _AWARE),
+    Column("ended_as", Text),
+    Column("detected", Integer),
+    Column("marked", Integer),
+    Column("missed", Integer),
+    Column("failed", Integer),
+    Column("error", Text),
+)
+
+verdicts: Final = Table(
+    "verdicts",
+    _metadata,
+    Column("sweep_id", Uuid, primary_key=True),
+    Column("run_id", Text, primary_key=True),
+    Column("target", Text),
+    Column("outcome", Text),
+    Column("worker_id", Text),
+    Column("tenant_id", Text),
+    Column("task", Text),
+    Column("status_seen", Text),
+    Column("sign_of_life", _AWARE),
+    Column("evidence", Text),
+    Column("silence", Interval),
+    Column("threshold", Interval),
+    Column("rule", Text),
+    Column("reason", Text),
+    Column("judged_at", _AWARE),
+    Column("found", JSONB),
+    Column("error", Text),
+)
+
+
+class Ended(StrEnum):
+    """How a sweep ended."""
+
+    COMPLETED = "completed"
+    """Every detected orphan has its verdict, and none failed."""
+    FAILED = "failed"
+    """A run could not be marked, or the sweep could not go on. Its error says why."""
+    DIED = "died"
+    """It was killed; a later sweep closed it."""
+    DIRECT = "direct"
+    """No sweep at all: a caller of mark_run_as_crashed brought its own runs."""
+
+
+async def require_ledger(db: Executor) -> None:
+    """Refuse to go on without a ledger: a mark that leaves no evidence is not made.
+
+    Raises:
+        ConfigurationError: the schema is not there.
+    """
+    if (await db.execute(select(func.to_regclass(f"{SCHEMA}.verdicts")))).scalar_one() is None:
+        raise ConfigurationError(
+            f"the ledger, schema {SCHEMA!r}, is not in this database: run "
+            "`orphan-recovery migrate`, which creates it"
+        )
+
+
+async def open_sweep(db: Executor, request: SweepRequest, fleet: Fleet) -> None:
+    """Record that a sweep begins, and close those that died. Does not commit.
+
+    A second call for the same sweep, after a lost acknowledgement, changes nothing.
+    """
+    await _close_the_dead(db)
+    looked = {
+        "in_flight": fleet.in_flight,
+        "undatable": fleet.undatable,
+        "ahead": fleet.ahead,
+        "opened_at": fleet.seen_at,
+    }
+    await db.execute(insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing())
+
+
+async def note_direct_call(db: Executor, request: SweepRequest) -> None:
+    """Make sure that the verdict of a direct mark has a sweep to belong to. Does not commit."""
+    ended = {"opened_at": _NOW, "ended_at": _NOW, "ended_as": Ended.DIRECT.value}
+    await db.execute(insert(sweeps).values(**_identity(request), **ended).on_conflict_do_nothing())
+
+
+async def record(db: Executor, found: Sequence[Verdict], reason: str) -> None:
+    """Write down verdicts that changed no run: misses and failures. Does not commit.
+
+    What the ledger has already for the same sweep and run stands; so a failure that is recorded
+    late never covers up a mark whose acknowledgement was lost.
+    """
+    for start in range(0, len(found), 500):  # a statement takes no more than 65,535 values
+        rows = [_row(verdict, reason) for verdict in found[start : start + 500]]
+        await db.execute(insert(verdicts).values(rows).on_conflict_do_nothing())
+
+
+async def close_sweep(
+    db: Executor, request: SweepRequest, *, detected: int, error: str | None
+) -> None:
+    """Record how a sweep ended; the counts are the ledger's own. Does not commit.
+
+    A sweep that is closed already stays as it is.
+
+    Args:
+        db: a transaction of the caller's.
+        request: the sweep.
+        detected: orphans detected, in runs.
+        error: what stopped the sweep before its end, or None.
+    """
+    failed = _count(Outcome.FAILED)
+    ended_as = case((failed > 0, Ended.FAILED.value), else_=Ended.COMPLETED.value)
+    await db.execute(
+        update(sweeps)
+        .where(sweeps.c.sweep_id == request.sweep_id, sweeps.c.ended_at.is_(None))
+        .values(
+            **_counts(),
+            ended_at=_NOW,
+            ended_as=ended_as if error is None else Ended.FAILED.value,
+            detected=detected,
+            error=error,
+        )
+    )
+
+
+async def _close_the_dead(db: Executor) -> None:
+    """Close the sweeps that were killed before they could close themselves."""
+    long_ago = _NOW - DEAD_AFTER
+    gave_a_verdict = (
+        select(verdicts.c.run_id)
+        .where(verdicts.c.sweep_id == sweeps.c.sweep_id, verdicts.c.judged_at > long_ago)
+        .exists()
+    )
+    dead = (
+        select(sweeps.c.sweep_id)
+        .where(sweeps.c.ended_at.is_(None), sweeps.c.opened_at < long_ago, ~gave_a_verdict)
+        .with_for_update(skip_locked=True)  # two sweeps that begin at once do not wait here
+    )
+    await db.execute(
+        update(sweeps)
+        .where(sweeps.c.sweep_id.in_(dead))
+        .values(
+            **_counts(),
+            ended_at=_NOW,
+            ended_as=Ended.DIED.value,
+            error="killed before its end; its verdicts stand, and what it left is detected again",
+        )
+    )
+
+
+_NOW: Final = func.statement_timestamp(type_=_AWARE)
+
+
+def _identity(request: SweepRequest) -> dict[str, Any]:
+    return {
+        "sweep_id": request.sweep_id,
+        "target": DEFAULT_TARGET,
+        "table_name": DEFAULT_TABLE,
+        "asked_by": request.asked_by,
+        "reason": request.reason,
+        "threshold": request.threshold,
+        "scope": request.scope,
+        "version": version("orphan-recovery"),
+    }
+
+
+def _row(verdict: Verdict, reason: str) -> dict[str, Any]:
+    run = verdict.run
+    return {
+        "sweep_id": run.sweep_id,
+        "run_id": run.id,
+        "target": DEFAULT_TARGET,
+        "outcome": verdict.outcome.value,
+        "worker_id": run.worker_id,
+        "tenant_id": run.tenant_id,
+        "task": run.task,
+        "status_seen": run.status.value,
+        "sign_of_life": run.sign_of_life,
+        "evidence": run.evidence.value,
+        "silence": verdict.silence if verdict.silence is not None else run.silence,
+        "threshold": run.threshold,
+        "rule": run.rule.value,
+        "reason": reason,
+        "judged_at": verdict.judged_at or _NOW,
+        "found": verdict.found,
+        "error": verdict.error,
+    }
+
+
+def _count(*outcomes: Outcome) -> ScalarSelect[int]:
+    return (
+        select(func.count())
+        .select_from(verdicts)
+        .where(
+            verdicts.c.sweep_id == sweeps.c.sweep_id,
+            or_(*(verdicts.c.outcome == outcome.value for outcome in outcomes)),
+        )
+        .scalar_subquery()
+    )
+
+
+def _counts() -> dict[str, ScalarSelect[int]]:
+    others = [o for o in Outcome if o not in (Outcome.MARKED, Outcome.FAILED)]
+    return {
+        "marked": _count(Outcome.MARKED),
+        "missed": _count(*others),
+        "failed": _count(Outcome.FAILED),
+    }

@@ -1,0 +1,364 @@
+"""Mark: the verdict, given by one conditional statement against the row as it stands.
+
+What it can wrongly do is overwrite a run that finished a moment ago, or condemn one that beat or
+changed hands since it was detected. So the statement locks the row, repeats the whole predicate
+under the lock, compares with what detection saw, and writes the mark and its evidence together
+or not at all. Whatever it leaves alone, it names.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Insert,
+    Interval,
+    RowMapping,
+    Text,
+    and_,
+    cast,
+    column,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.selectable import TableValuedAlias
+
+from orphan_recovery.database import Executor
+from orphan_recovery.ledger import (
+    DEFAULT_TARGET,
+    note_direct_call,
+    record,
+    require_ledger,
+    verdicts,
+)
+from orphan_recovery.log import logger
+from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
+from orphan_recovery.runs import TERMINAL, RunsTable, RunStatus, WorkerRun, runs_table
+from orphan_recovery.verdict import Outcome, Verdict
+
+_AWARE = TIMESTAMP(timezone=True)
+_NOW = func.statement_timestamp(type_=_AWARE)
+
+
+async def mark_run_as_crashed(
+    session: AsyncSession, run: WorkerRun, reason: str = DEFAULT_REASON
+) -> bool:
+    """Mark one detected orphan as crashed, if it is one still.
+
+    Waits for the row if another transaction holds it; set ``lock_timeout`` to bound that. The
+    verdict is written to the ledger in the same transaction. The statement bypasses the ORM: an
+    instance of the row that the session holds must be refreshed.
+
+    Args:
+        session: any session on the database that holds the runs. Never committed here: the
+            caller owns the transaction, and nothing stands before it commits.
+        run: what :func:`detect_orphaned_runs` saw.
+        reason: what the run's error text begins with, 1 to 1,000 characters.
+
+    Returns:
+        True if the run stands marked by this call, or by an earlier one for the same ``run``
+        whose acknowledgement was lost. False if it is no orphan any more: it finished, beat,
+        changed hands, vanished, or another sweep marked it. The ledger says which.
+
+    Raises:
+        ConfigurationError: the reason, the table or the ledger cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it, so that a retry policy can act on
+            it; :func:`orphan_recovery.policy.is_transient` tells whether to.
+    """
+    check_reason(reason)
+    await require_ledger(session)
+    await note_direct_call(
+        session,
+        SweepRequest(
+            threshold_minutes=max(1, int(run.threshold.total_seconds() // 60)),
+            asked_by="mark_run_as_crashed",
+            reason=reason,
+            sweep_id=run.sweep_id,
+        ),
+    )
+    verdict = await mark_one(session, run, reason)
+    log_verdict(verdict, reason)
+    return verdict.outcome is Outcome.MARKED
+
+
+class UndecidedError(RuntimeError):
+    """The row looks as detection saw it, and yet the statement did not mark it.
+
+    Not known to happen outside of skip-locked mode. It is no verdict: the run is detected anew
+    by the next sweep.
+    """
+
+    def __init__(self, run: WorkerRun) -> None:
+        super().__init__(
+            f"run {run.id!r} is unchanged since it was detected, yet was not marked; "
+            "it stays an orphan for the next sweep"
+        )
+
+
+async def mark(
+    db: Executor, runs: Sequence[WorkerRun], reason: str, *, skip_locked: bool = False
+) -> list[Verdict | None]:
+    """Give the verdict on each of ``runs``, and record it. Does not commit.
+
+    Args:
+        db: an open transaction; the sweep must be in the ledger.
+        runs: detected orphans of one sweep, at least one; none twice.
+        reason: what the error text of a marked run begins with.
+        skip_locked: do not wait for rows that another transaction holds.
+
+    Returns:
+        A verdict for each run, in order. None, only with ``skip_locked``, where the row was held
+        by someone: nothing is known yet.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back,
+            and no verdict stands.
+    """
+    table = await runs_table(db)
+    marked = {
+        row["run_id"]: Verdict(
+            run=run,
+            outcome=Outcome.MARKED,
+            judged_at=row["judged_at"],
+            silence=row["silence"],
+        )
+        for row in (await db.execute(_mark(table, runs, reason, skip_locked))).mappings()
+        for run in runs
+        if run.id == row["run_id"]
+    }
+    left = [run for run in runs if run.id not in marked]
+    named = await _name_misses(db, table, left) if left else {}
+    await record(db, [v for v in named.values() if v is not None and v.is_miss], reason)
+    return [marked.get(run.id) or named[run.id] for run in runs]
+
+
+async def mark_one(db: Executor, run: WorkerRun, reason: str) -> Verdict:
+    """Give and record the verdict on one run, waiting for its row. Does not commit.
+
+    Raises:
+        UndecidedError: no verdict could be given.
+        sqlalchemy.exc.DBAPIError: any database error, a lock time-out among them.
+    """
+    [verdict] = await mark(db, [run], reason)
+    if verdict is None:
+        raise UndecidedError(run)
+    return verdict
+
+
+async def settle(db: Executor, failed: Sequence[Verdict], reason: str) -> list[Verdict]:
+    """Look once more at runs whose mark failed, and record what they are. Does not commit.
+
+    A try whose acknowledgement was lost has left its verdict in the ledger, and a run may have
+    finished or beaten since: then that is the truth. Otherwise the failure is recorded.
+
+    Returns:
+        The verdicts as they now stand, in order.
+    """
+    if not failed:
+        return []
+    named = await _name_misses(db, await runs_table(db), [verdict.run for verdict in failed])
+    settled = []
+    for verdict in failed:
+        now = named[verdict.run.id]
+        settled.append(verdict if now is None or now.outcome is Outcome.FAILED else now)
+    await record(db, [v for v in settled if v.outcome is not Outcome.MARKED], reason)
+    return settled
+
+
+def _mark(table: RunsTable, runs: Sequence[WorkerRun], reason: str, skip_locked: bool) -> Insert:
+    """Lock, judge, mark and record: one statement, so that none of it stands without the rest."""
+    row, seen, sweep_id = table.columns, _as_seen(runs), _sweep_of(runs)
+    has_verdict = (
+        select(verdicts.c.run_id)
+        .where(verdicts.c.sweep_id == sweep_id, verdicts.c.run_id == seen.c.id)
+        .exists()
+    )
+    locked = (
+        select(row.id, seen.c.id.label("run_id"), *(seen.c[n] for n in _EVIDENCE))
+        .select_from(table.table)
+        .join(seen, row.id == table.as_key(seen.c.id))
+        .where(
+            table.in_flight,  # it finished first
+            table.text("status") == seen.c.status,  # it was started, or put back
+            table.text("worker_id").is_not_distinct_from(seen.c.worker_id),  # it changed hands
+            table.sign_of_life == seen.c.sign_of_life,  # it beat
+            table.sign_of_life <= _NOW - seen.c.threshold,  # silent, by the database's clock now
+            ~has_verdict,  # an earlier try of this sweep was heard after all
+        )
+        .order_by(row.id)  # two sweeps lock in the same order: no deadlock
+        .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
+        .cte("locked")
+    )
+    marked = (
+        update(table.table)
+        .where(row.id == locked.c.id)
+        .values(
+            status=literal(RunStatus.CRASHED.value, row.status.type),
+            success=False,
+            error=_error_text(locked, reason, sweep_id),
+            completed_at=table.stored("completed_at", _NOW),
+        )
+        .returning(
+            locked.c.run_id,
+            *(locked.c[n] for n in _EVIDENCE),
+            *(table.text(n).label(n) for n in ("worker_id", "tenant_id", "task")),
+        )
+        .cte("marked")
+    )
+    recorded = {
+        "sweep_id": literal(sweep_id, verdicts.c.sweep_id.type),
+        "target": literal(DEFAULT_TARGET),
+        "outcome": literal(Outcome.MARKED.value),
+        "reason": literal(reason),
+        "judged_at": _NOW,
+        "silence": _NOW - marked.c.sign_of_life,
+        "run_id": marked.c.run_id,
+        "status_seen": marked.c.status,
+        **{n: marked.c[n] for n in ("worker_id", "tenant_id", "task")},
+        **{n: marked.c[n] for n in ("sign_of_life", "evidence", "threshold", "rule")},
+    }
+    return (
+        insert(verdicts)
+        .from_select(list(recorded), select(*recorded.values()))
+        .returning(verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence)
+    )
+
+
+_EVIDENCE = ("status", "sign_of_life", "evidence", "threshold", "rule")
+
+
+def _as_seen(runs: Sequence[WorkerRun]) -> TableValuedAlias:
+    """The snapshots as a table, one array a column: one plan for one run or a thousand."""
+    columns: dict[str, tuple[Any, list[Any]]] = {
+        "id": (Text(), [run.id for run in runs]),
+        "status": (Text(), [run.status.value for run in runs]),
+        "worker_id": (Text(), [run.worker_id for run in runs]),
+        "sign_of_life": (_AWARE, [run.sign_of_life for run in runs]),
+        "evidence": (Text(), [run.evidence.value for run in runs]),
+        "threshold": (Interval(), [run.threshold for run in runs]),
+        "rule": (Text(), [run.rule.value for run in runs]),
+    }
+    arrays = [literal(values, ARRAY(kind)) for kind, values in columns.values()]
+    names = [column(name, kind) for name, (kind, _) in columns.items()]
+    return func.unnest(*arrays).table_valued(*names, name="seen").render_derived()
+
+
+def _error_text(seen: CTE, reason: str, sweep_id: UUID) -> ColumnElement[str]:
+    """The reason, and the evidence in a line that a person can read."""
+    at = func.to_char(func.timezone("UTC", seen.c.sign_of_life), "YYYY-MM-DD HH24:MI:SS")
+    silence = func.date_trunc("second", _NOW - seen.c.sign_of_life)
+    return func.concat(
+        f"{reason}; last sign of life ",
+        at,
+        " UTC (",
+        seen.c.evidence,
+        "), silent for ",
+        silence,
+        ", threshold ",
+        seen.c.threshold,
+        f", sweep {sweep_id}",
+    )
+
+
+async def _name_misses(
+    db: Executor, table: RunsTable, runs: Sequence[WorkerRun]
+) -> dict[str, Verdict | None]:
+    """Say why each of ``runs`` was left alone, from the row and the ledger as they stand now."""
+    row, seen, sweep_id = table.columns, _as_seen(runs), _sweep_of(runs)
+    own, other = verdicts.alias("own"), verdicts.alias("other")
+    marked_by_another = (
+        select(other.c.run_id)
+        .where(
+            other.c.target == DEFAULT_TARGET,
+            other.c.run_id == seen.c.id,
+            other.c.outcome == Outcome.MARKED.value,
+            other.c.sweep_id != sweep_id,
+        )
+        .exists()
+    )
+    statement = (
+        select(
+            seen.c.id.label("run_id"),
+            row.id.is_(None).label("vanished"),
+            table.text("status").label("status"),
+            table.text("worker_id").label("worker_id"),
+            cast(table.sign_of_life, Text).label("sign_of_life"),  # text: it may be infinity
+            table.text("completed_at").label("completed_at"),
+            table.text("worker_id").is_not_distinct_from(seen.c.worker_id).label("same_worker"),
+            (table.text("status") == seen.c.status).label("same_status"),
+            table.sign_of_life.is_not_distinct_from(seen.c.sign_of_life).label("same_sign"),
+            (table.sign_of_life <= _NOW - seen.c.threshold).label("silent"),
+            own.c.outcome.label("own_outcome"),
+            func.coalesce(own.c.judged_at, _NOW).label("judged_at"),
+            own.c.silence.label("own_silence"),
+            marked_by_another.label("marked_by_another"),
+        )
+        .select_from(seen)
+        .join(table.table, row.id == table.as_key(seen.c.id), isouter=True)
+        .join(own, and_(own.c.sweep_id == sweep_id, own.c.run_id == seen.c.id), isouter=True)
+    )
+    rows = {r["run_id"]: r for r in (await db.execute(statement)).mappings()}
+    named: dict[str, Verdict | None] = {}
+    for run in runs:
+        now = rows[run.id]
+        outcome = _outcome_of_miss(now)
+        found = {name: now[name] for name in ("status", "worker_id", "sign_of_life")}
+        found["completed_at"] = now["completed_at"]
+        if outcome is None:
+            named[run.id] = None
+            continue
+        named[run.id] = Verdict(
+            run=run,
+            outcome=outcome,
+            judged_at=now["judged_at"],
+            silence=now["own_silence"],
+            found=None if outcome in (Outcome.MARKED, Outcome.VANISHED) else found,
+        )
+    return named
+
+
+def _outcome_of_miss(now: RowMapping) -> Outcome | None:
+    if now["own_outcome"] is not None:
+        return Outcome(now["own_outcome"])  # this sweep's earlier try, unacknowledged
+    if now["vanished"]:
+        return Outcome.VANISHED
+    if now["status"] in TERMINAL:
+        crashed = now["status"] == RunStatus.CRASHED and now["marked_by_another"]
+        return Outcome.ALREADY_MARKED if crashed else Outcome.FINISHED_FIRST
+    if not now["same_worker"]:
+        return Outcome.CHANGED_HANDS
+    if not (now["same_status"] and now["same_sign"] and now["silent"]):
+        return Outcome.SIGN_OF_LIFE
+    return None  # as it was seen: another transaction holds the row
+
+
+def _sweep_of(runs: Sequence[WorkerRun]) -> UUID:
+    [sweep_id] = {run.sweep_id for run in runs}
+    return sweep_id
+
+
+def log_verdict(verdict: Verdict, reason: str) -> None:
+    """Emit the event of one verdict. Misses have none of their own: the summary counts them."""
+    run = verdict.run
+    fields = {
+        "run_id": run.id,
+        "worker_id": run.worker_id,
+        "tenant_id": run.tenant_id,
+        "evidence": run.evidence.value,
+        "sign_of_life": run.sign_of_life.isoformat(),
+        "threshold_seconds": run.threshold.total_seconds(),
+        "sweep_id": str(run.sweep_id),
+        "reason": reason,
+    }
+    if verdict.outcome is Outcome.MARKED:
+        silence = verdict.silence.total_seconds() if verdict.silence else None
+        logger.warning("orphan_run_marked_crashed", extra={**fields, "silence_seconds": silence})
+    elif verdict.outcome is Outcome.FAILED:
+        logger.error("failed_to_mark_orphan_crashed", extra={**fields, "error": verdict.error})

@@ -1,0 +1,72 @@
+"""What is asked of one sweep. The same for the flow, the command line and a worker's start-up.
+
+The hazard is a scope that is wider than it was meant: an empty tenant, from a variable that was
+never set, must not become "all tenants". Every value is checked here, before anything runs.
+"""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from orphan_recovery.settings import ConfigurationError, check_threshold
+
+DEFAULT_REASON: Final = "orphaned: no sign of life from its worker"
+MAX_REASON_LENGTH: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRequest:
+    """One sweep: which runs, by which threshold, on whose word.
+
+    Raises:
+        ConfigurationError: a value cannot be used; named with the way out.
+    """
+
+    threshold_minutes: int
+    """The silence that makes an orphan, in whole minutes."""
+    asked_by: str
+    """Who or what asked, for the ledger."""
+    tenant: str | None = None
+    """Only runs of this tenant."""
+    worker: str | None = None
+    """Only runs held by this worker."""
+    limit: int | None = None
+    """Judge at most so many runs, longest silence first."""
+    reason: str = DEFAULT_REASON
+    """What the error text of each marked run begins with."""
+    dry_run: bool = False
+    """Look, and write nothing at all, not even to the ledger."""
+    sweep_id: UUID = field(default_factory=uuid4)
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold_minutes)
+        check_reason(self.reason)
+        for name in ("tenant", "worker", "asked_by"):
+            value = getattr(self, name)
+            if value is not None and (not value.strip() or "\x00" in value):
+                raise ConfigurationError(f"{name} is {value!r}: give a name, or leave it out")
+        if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
+            raise ConfigurationError(
+                f"limit is {self.limit!r}: give a number of runs of at least 1, or leave it out"
+            )
+
+    @property
+    def threshold(self) -> timedelta:
+        return timedelta(minutes=self.threshold_minutes)
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        """The part of the table that was looked at, for the ledger."""
+        parts = {"tenant": self.tenant, "worker": self.worker, "limit": self.limit}
+        return {name: value for name, value in parts.items() if value is not None}
+
+
+def check_reason(reason: str) -> str:
+    """Accept a reason for marking, or refuse it by name."""
+    if not reason.strip() or "\x00" in reason or len(reason) > MAX_REASON_LENGTH:
+        raise ConfigurationError(
+            f"reason is {reason[:40]!r}: give 1 to {MAX_REASON_LENGTH} characters of text that "
+            "tell a person why"
+        )
+    return reason

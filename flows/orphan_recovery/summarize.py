@@ -1,0 +1,223 @@
+"""Summarise: what one sweep did, and what stands crashed in all.
+
+The hazard is a summary that sounds well when it is not: a sweep that was cut off, or that could
+not judge some runs, says so in its first line.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import func, select
+
+from orphan_recovery.database import Executor, make_engine, transaction
+from orphan_recovery.detect import Fleet
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.runs import RunStatus, WorkerRun, runs_table
+from orphan_recovery.verdict import Outcome, Verdict
+
+SHOWN: Final = 1_000
+"""Runs that a report lists at most; the ledger has all."""
+
+
+async def get_crash_recovery_summary() -> dict[str, Any]:
+    """What stands crashed, for an operations dashboard. Opens its own session; reads only.
+
+    Returns:
+        ``total_crashed``: crashed runs in the table, in runs. ``recent_crashes``: the newest ten,
+        newest first, each with ``run_id``, ``worker_id``, ``tenant_id``, ``created_at``,
+        ``crashed_at`` (ISO 8601 texts in UTC, or None) and ``error``. It is ready for JSON.
+
+    Raises:
+        ConfigurationError: the address or the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
+    """
+    engine = make_engine()
+    try:
+        async with transaction(engine) as connection:
+            return await crash_summary(connection)
+    finally:
+        await engine.dispose()
+
+
+async def crash_summary(db: Executor) -> dict[str, Any]:
+    """The same on a connection or session of the caller's."""
+    table = await runs_table(db)
+    crashed = table.columns.status == RunStatus.CRASHED.value
+    total = await db.execute(select(func.count()).select_from(table.table).where(crashed))
+    newest = await db.execute(
+        select(
+            table.text("id").label("run_id"),
+            table.text("worker_id").label("worker_id"),
+            table.text("tenant_id").label("tenant_id"),
+            table.utc("created_at").label("created_at"),
+            table.utc("completed_at").label("crashed_at"),
+            table.text("error").label("error"),
+        )
+        .where(crashed)
+        # Served by worker_runs_crashed.
+        .order_by(table.columns.completed_at.desc().nulls_last(), table.columns.id)
+        .limit(10)
+    )
+    return {
+        "total_crashed": total.scalar_one(),
+        "recent_crashes": [
+            {k: iso(v) if isinstance(v, datetime) else v for k, v in row.items()}
+            for row in newest.mappings()
+        ],
+    }
+
+
+@dataclass(slots=True)
+class SweepReport:
+    """What one sweep did. Counts are complete; the list of runs is bounded, failures first."""
+
+    request: SweepRequest
+    enabled: bool = True
+    fleet: Fleet | None = None
+    detected: int = 0
+    counts: Counter[Outcome] = field(default_factory=Counter)
+    error: str | None = None
+    """What stopped the sweep before its end."""
+    _verdicts: list[Verdict] = field(default_factory=list)
+    _candidates: list[WorkerRun] = field(default_factory=list)
+
+    def saw(self, runs: list[WorkerRun]) -> None:
+        """Count detected orphans; a dry run, which gives no verdicts, lists them."""
+        self.detected += len(runs)
+        if self.request.dry_run:
+            self._candidates += runs[: SHOWN - len(self._candidates)]
+
+    def judged(self, verdicts: list[Verdict]) -> None:
+        """Count verdicts, and keep those that an operator wants to read first."""
+        for verdict in verdicts:
+            self.counts[verdict.outcome] += 1
+            if len(self._verdicts) < SHOWN or verdict.outcome is Outcome.FAILED:
+                self._verdicts.append(verdict)
+
+    @property
+    def recovered(self) -> int:
+        return self.counts[Outcome.MARKED]
+
+    @property
+    def failed(self) -> int:
+        return self.counts[Outcome.FAILED]
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.counts.values()) - self.recovered - self.failed
+
+    @property
+    def ended_well(self) -> bool:
+        return self.error is None and self.failed == 0
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """At most ``SHOWN``: failures first, then as they were given."""
+        order = sorted(self._verdicts, key=lambda v: v.outcome is not Outcome.FAILED)
+        return order[:SHOWN]
+
+    @property
+    def candidates(self) -> list[WorkerRun]:
+        """What a dry run would have judged, at most ``SHOWN``."""
+        return self._candidates
+
+    def headline(self) -> str:
+        """One line that tells what happened, worst news first."""
+        if not self.enabled:
+            return "recovery is switched off: nothing was read and nothing was marked"
+        minutes = self.request.threshold_minutes
+        threshold = f"{minutes} minute{'' if minutes == 1 else 's'}"
+        if self.request.dry_run:
+            told = f"dry run: {_runs(self.detected)} would be judged, nothing was written"
+        elif self.detected:
+            told = f"{_runs(self.detected)} detected: " + ", ".join(
+                f"{self.counts[outcome]} {_IN_WORDS[outcome]}"
+                for outcome in Outcome
+                if self.counts[outcome]
+            )
+        else:
+            told = "no orphaned run found"
+        told += f" (threshold {threshold}"
+        told += f", {self.fleet.in_flight} in flight)" if self.fleet else ")"
+        if self.error:
+            told = f"stopped before its end: {self.error}; until then {told}"
+        return told + "".join(f"; {warning}" for warning in self.warnings())
+
+    def warnings(self) -> list[str]:
+        """Runs in flight that silence cannot judge, and that a person has to look at."""
+        if self.fleet is None:
+            return []
+        found = []
+        if self.fleet.undatable:
+            found.append(
+                f"{self.fleet.undatable} in flight without any sign of life "
+                "(created_at, started_at and heartbeat_at are all empty) cannot be judged"
+            )
+        if self.fleet.ahead:
+            workers = ", ".join(self.fleet.ahead_workers) or "no worker named"
+            found.append(
+                f"{self.fleet.ahead} in flight with a sign of life in the database's future "
+                f"cannot be judged; check the clock of {workers}, and let workers beat with now()"
+            )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for the contract's edge: plain values, ready for JSON."""
+        listed = self.candidates if self.request.dry_run else self.verdicts
+        return {
+            "enabled": self.enabled,
+            "dry_run": self.request.dry_run,
+            "sweep_id": str(self.request.sweep_id),
+            "threshold_minutes": self.request.threshold_minutes,
+            "detected": self.detected,
+            "recovered": self.recovered,
+            "skipped": self.skipped,
+            "failed": self.failed,
+            "outcomes": {outcome.value: self.counts[outcome] for outcome in Outcome},
+            "in_flight": self.fleet.in_flight if self.fleet else None,
+            "undatable": self.fleet.undatable if self.fleet else None,
+            "ahead": self.fleet.ahead if self.fleet else None,
+            "runs": [_entry(item) for item in listed],
+            "error": self.error,
+            "message": self.headline(),
+        }
+
+
+_IN_WORDS: Final = {
+    Outcome.FAILED: "FAILED",
+    Outcome.MARKED: "marked crashed",
+    Outcome.ALREADY_MARKED: "already marked by another sweep",
+    Outcome.FINISHED_FIRST: "finished first",
+    Outcome.SIGN_OF_LIFE: "gave a sign of life",
+    Outcome.CHANGED_HANDS: "changed hands",
+    Outcome.VANISHED: "vanished",
+}
+
+
+def iso(instant: datetime) -> str:
+    """An aware time as text, in UTC and to the second."""
+    return instant.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _runs(count: int) -> str:
+    return f"{count} orphaned run{'' if count == 1 else 's'}"
+
+
+def _entry(item: Verdict | WorkerRun) -> dict[str, Any]:
+    verdict = item if isinstance(item, Verdict) else None
+    run = item.run if isinstance(item, Verdict) else item
+    silence = verdict.silence if verdict and verdict.silence is not None else run.silence
+    return {
+        "run_id": run.id,
+        "worker_id": run.worker_id,
+        "tenant_id": run.tenant_id,
+        "task": run.task,
+        "outcome": verdict.outcome.value if verdict else None,
+        "sign_of_life": iso(run.sign_of_life),
+        "evidence": run.evidence.value,
+        "silence_seconds": round(silence.total_seconds()),
+        "found": verdict.found if verdict else None,
+        "error": verdict.error if verdict else None,
+    }
