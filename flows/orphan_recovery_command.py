@@ -10,10 +10,10 @@ import sys
 def main() -> None:
     """Run the command line; exits with 2 where the configuration cannot be used."""
     try:
-        from orphan_recovery.cli import app
+        from orphan_recovery.cli import main as run
     except ValueError as error:
         if type(error).__name__ != "ConfigurationError":
             raise
-        print(f"orphan-recovery: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"orphan-recovery: {error}\n")
         sys.exit(2)
-    app()
+    run()

@@ -70,7 +70,7 @@ async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[st
         report = await run_sweep(request)
     except Exception as error:
         report = SweepReport(request, error=describe(error))
-        _log_failure(report)
+        log_end(report)
     return report.as_dict()
 
 
@@ -87,16 +87,22 @@ async def run_sweep(request: SweepRequest) -> SweepReport:
         ConfigurationError: the address, the table or the ledger cannot be used.
     """
     report = SweepReport(request)
-    if not (RECOVERY_ENABLED and load_settings().recovery_enabled):
+    if is_enabled():
+        log_start(request)
+        engine = make_engine()
+        try:
+            await _sweep(engine, request, report)
+        finally:
+            await engine.dispose()
+    else:
         report.enabled = False
-        logger.warning("orphan_recovery_disabled", extra={"switched_off_by": ENABLED_VARIABLE})
-        return report
-    engine = make_engine()
-    try:
-        await _sweep(engine, request, report)
-    finally:
-        await engine.dispose()
+    log_end(report)
     return report
+
+
+def is_enabled() -> bool:
+    """Whether recovery may run. Off, now or when the process started, is off."""
+    return RECOVERY_ENABLED and load_settings().recovery_enabled
 
 
 def whoami(what: str) -> str:
@@ -105,15 +111,6 @@ def whoami(what: str) -> str:
 
 
 async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport) -> None:
-    logger.info(
-        "orphan_recovery_starting",
-        extra={
-            "sweep_id": str(request.sweep_id),
-            "threshold_minutes": request.threshold_minutes,
-            "dry_run": request.dry_run,
-            "scope": request.scope,
-        },
-    )
     failed: list[Verdict] = []
     try:
         report.fleet = await _in_transaction(engine, lambda db: begin(db, request))
@@ -131,10 +128,6 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error)
-    if report.error:
-        _log_failure(report)
-    else:
-        logger.info("orphan_recovery_complete", extra=_fields(report))
 
 
 async def begin(db: Executor, request: SweepRequest) -> Fleet:
@@ -194,20 +187,13 @@ async def _judge_all(
             break
         last = page[-1]
         report.saw(page)
-        logger.info(
-            "orphaned_runs_detected",
-            extra={"count": len(page), "run_ids": [run.id for run in page]},
-        )
+        log_detected(page)
         if not request.dry_run:
             verdicts = await _mark_page(engine, page, request.reason)
             held += [run for run, verdict in zip(page, verdicts, strict=True) if verdict is None]
             given = [verdict for verdict in verdicts if verdict is not None]
             failed += [v for v in given if v.outcome is Outcome.FAILED]
             report.judged([v for v in given if v.outcome is not Outcome.FAILED])
-    if not report.detected:
-        logger.info(
-            "no_orphaned_runs_found", extra={"threshold_minutes": request.threshold_minutes}
-        )
     # Last, so that a row which somebody holds for long delays no other.
     waiting = asyncio.Semaphore(POOL_SIZE)
     for verdict in await asyncio.gather(
@@ -273,11 +259,35 @@ def _failure(run: WorkerRun, error: Exception, reason: str) -> Verdict:
     return verdict
 
 
-def _fields(report: SweepReport) -> dict[str, Any]:
+def log_start(request: SweepRequest) -> None:
+    """Emit the event of a sweep that begins."""
+    fields = {
+        "sweep_id": str(request.sweep_id),
+        "threshold_minutes": request.threshold_minutes,
+        "dry_run": request.dry_run,
+        "scope": request.scope,
+    }
+    logger.info("orphan_recovery_starting", extra=fields)
+
+
+def log_detected(runs: list[WorkerRun]) -> None:
+    """Emit the event of orphans found, with their ids."""
+    fields = {"count": len(runs), "run_ids": [run.id for run in runs]}
+    logger.info("orphaned_runs_detected", extra=fields)
+
+
+def log_end(report: SweepReport) -> None:
+    """Emit the events of a sweep that ended, or did not begin."""
+    if not report.enabled:
+        logger.warning("orphan_recovery_disabled", extra={"switched_off_by": ENABLED_VARIABLE})
+        return
     told = report.as_dict()
-    names = ("sweep_id", "detected", "recovered", "skipped", "failed", "undatable", "ahead")
-    return {name: told[name] for name in names}
-
-
-def _log_failure(report: SweepReport) -> None:
-    logger.error("orphan_recovery_failed", extra={**_fields(report), "error": report.error})
+    names = ("sweep_id", "dry_run", "detected", "recovered", "skipped", "failed", "undatable")
+    fields = {name: told[name] for name in (*names, "ahead")}
+    if report.error:
+        logger.error("orphan_recovery_failed", extra={**fields, "error": report.error})
+        return
+    if not report.detected:
+        threshold = {"threshold_minutes": report.request.threshold_minutes}
+        logger.info("no_orphaned_runs_found", extra=threshold)
+    logger.info("orphan_recovery_complete", extra=fields)

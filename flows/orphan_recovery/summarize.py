@@ -6,7 +6,7 @@ not judge some runs, says so in its first line.
 
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import func, select
@@ -15,6 +15,7 @@ from orphan_recovery.database import Executor, make_engine, transaction
 from orphan_recovery.detect import Fleet
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.runs import RunStatus, WorkerRun, runs_table
+from orphan_recovery.settings import ENABLED_VARIABLE
 from orphan_recovery.verdict import Outcome, Verdict
 
 SHOWN: Final = 1_000
@@ -163,6 +164,25 @@ class SweepReport:
             )
         return found
 
+    def next_steps(self) -> list[str]:
+        """What is left for a person to do; empty if nothing is."""
+        steps = []
+        if not self.enabled:
+            steps.append(f"Recovery is off by {ENABLED_VARIABLE}; unset it to switch it on.")
+        if self.error:
+            steps.append(
+                "The sweep did not come to its end. What it marked stands; what it left is "
+                "detected again by the next one. See to the cause named above, then run it again."
+            )
+        if self.failed:
+            steps.append(
+                f"{self.failed} could not be marked and are orphans still. Each says why below "
+                "`error`, in the verdicts table and in the ledger. A cause that stays (a trigger, "
+                "a permission) fails again at the next sweep until it is mended."
+            )
+        steps += [warning[0].upper() + warning[1:] + "." for warning in self.warnings()]
+        return steps
+
     def as_dict(self) -> dict[str, Any]:
         """The report for the contract's edge: plain values, ready for JSON."""
         listed = self.candidates if self.request.dry_run else self.verdicts
@@ -185,6 +205,39 @@ class SweepReport:
         }
 
 
+def as_table(report: SweepReport, rows: int = 200) -> list[dict[str, str]]:
+    """One row a run, failures first, for people: at most ``rows``, every cell a text."""
+    entries = report.as_dict()["runs"]
+    return [
+        {
+            "run": entry["run_id"],
+            "outcome": entry["outcome"] or "would be judged",
+            "worker": entry["worker_id"] or "",
+            "tenant": entry["tenant_id"] or "",
+            "last sign of life": entry["sign_of_life"],
+            "evidence": entry["evidence"],
+            "silence": str(timedelta(seconds=entry["silence_seconds"])),
+            "found instead, or error": entry["error"] or _found(entry["found"]),
+        }
+        for entry in entries[:rows]
+    ]
+
+
+def as_markdown(report: SweepReport) -> str:
+    """What happened, what was done, what was not dared, and what to do next."""
+    request = report.request
+    lines = ["# Orphan recovery", "", report.headline() + ".", ""]
+    lines += [f"- sweep `{request.sweep_id}`, asked for by {request.asked_by}"]
+    lines += [f"- {name}: `{value}`" for name, value in request.scope.items()]
+    if report.detected and not request.dry_run:
+        lines += ["", "| outcome | runs |", "|---|---|"]
+        lines += [f"| {o.value} | {report.counts[o]} |" for o in Outcome if report.counts[o]]
+    steps = report.next_steps()
+    if steps:
+        lines += ["", "## What to do next", "", *(f"- {step}" for step in steps)]
+    return "\n".join(lines) + "\n"
+
+
 _IN_WORDS: Final = {
     Outcome.FAILED: "FAILED",
     Outcome.MARKED: "marked crashed",
@@ -203,6 +256,12 @@ def iso(instant: datetime) -> str:
 
 def _runs(count: int) -> str:
     return f"{count} orphaned run{'' if count == 1 else 's'}"
+
+
+def _found(found: dict[str, Any] | None) -> str:
+    if not found:
+        return ""
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
 
 
 def _entry(item: Verdict | WorkerRun) -> dict[str, Any]:

@@ -1,0 +1,227 @@
+"""The command line: a thin face over the same verbs, with an exit code that a script can trust.
+
+Exit codes: 0 well; 1 a run could not be marked, or the sweep did not come to its end; 2 bad usage
+or configuration.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.exc import DBAPIError
+
+from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
+from orphan_recovery.database import database_url, describe
+from orphan_recovery.log import EventFormatter, logger
+from orphan_recovery.request import DEFAULT_REASON, SweepRequest
+from orphan_recovery.settings import ConfigurationError
+
+app = typer.Typer(
+    name="orphan-recovery",
+    help="Find runs whose worker died, mark each as crashed, and say why.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Threshold = Annotated[
+    int | None,
+    typer.Option(
+        help="Minutes of silence that make a run an orphan, at least 1. "
+        f"Default: ORPHAN_THRESHOLD_MINUTES, now {ORPHAN_THRESHOLD_MINUTES}.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only look; write nothing at all.")]
+Tenant = Annotated[str | None, typer.Option(help="Only runs of this tenant.")]
+Worker = Annotated[str | None, typer.Option(help="Only runs held by this worker.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Judge at most so many runs, longest silence first.")
+]
+Reason = Annotated[str, typer.Option(help="What the error text of each marked run begins with.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show each event on standard error.")
+    ] = False,
+) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(EventFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbose else logging.CRITICAL)
+    logger.propagate = False
+
+
+@app.command()
+def migrate(
+    down: Annotated[
+        bool, typer.Option("--down", help="Take the schema away again; never a row.")
+    ] = False,
+) -> None:
+    """Bring the schema up to date: runs table, truth trigger, ledger, indexes.
+
+    Again and again without harm. An existing worker_runs table is adopted: missing columns are
+    added and nothing is rewritten.
+    """
+    from orphan_recovery import migrate as schema
+
+    before, after = schema.unmigrate() if down else schema.migrate()
+    where = database_url().render_as_string(hide_password=True)
+    if before == after:
+        typer.echo(f"{where} is at revision {after or 'none'} already")
+    else:
+        typer.echo(f"{where} went from revision {before or 'none'} to {after or 'none'}")
+
+
+@app.command()
+def sweep(
+    threshold_minutes: Threshold = None,
+    dry_run: DryRun = False,
+    tenant: Tenant = None,
+    worker: Worker = None,
+    limit: Limit = None,
+    reason: Reason = DEFAULT_REASON,
+    as_json: AsJson = False,
+) -> None:
+    """Run one whole sweep in this process, without Prefect."""
+    from orphan_recovery.recover import run_sweep, whoami
+
+    minutes = ORPHAN_THRESHOLD_MINUTES if threshold_minutes is None else threshold_minutes
+    report = asyncio.run(
+        run_sweep(
+            SweepRequest(
+                threshold_minutes=minutes,
+                asked_by=whoami("orphan-recovery sweep"),
+                tenant=tenant,
+                worker=worker,
+                limit=limit,
+                reason=reason,
+                dry_run=dry_run,
+            )
+        )
+    )
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        from orphan_recovery.summarize import as_table
+
+        _print_table(as_table(report))
+        typer.echo(report.headline())
+        if report.detected > len(report.as_dict()["runs"]):
+            typer.echo(f"the ledger has all: sweep {report.request.sweep_id}")
+        for step in report.next_steps():
+            typer.echo(f"next: {step}", err=True)
+    raise typer.Exit(0 if report.ended_well else 1)
+
+
+@app.command()
+def summary(as_json: AsJson = False) -> None:
+    """Show how many runs stand crashed, and the newest ten."""
+    from orphan_recovery.summarize import get_crash_recovery_summary
+
+    told = asyncio.run(get_crash_recovery_summary())
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    _print_table([{k: v or "" for k, v in row.items()} for row in told["recent_crashes"]])
+    typer.echo(f"{told['total_crashed']} crashed in all")
+
+
+@app.command()
+def serve() -> None:
+    """Serve the scheduled and the on-demand deployment from this process, without a work pool."""
+    database_url()  # to be told now, not by the first flow run
+    from orphan_recovery.deploy import serve_deployments
+
+    asyncio.run(serve_deployments())
+
+
+@app.command()
+def trigger(
+    threshold_minutes: Threshold = None,
+    dry_run: DryRun = False,
+    tenant: Tenant = None,
+    worker: Worker = None,
+    limit: Limit = None,
+    reason: Reason = DEFAULT_REASON,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until the sweep has ended.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait at most.", min=1)] = 900,
+) -> None:
+    """Start the on-demand deployment, for a deploy pipeline.
+
+    Prints the flow run's address. With --wait, exits 0 only when the sweep ended well.
+    """
+    from orphan_recovery.deploy import trigger_sweep
+
+    asked: dict[str, Any] = {
+        "threshold_minutes": threshold_minutes,
+        "dry_run": dry_run or None,
+        "tenant": tenant,
+        "worker": worker,
+        "limit": limit,
+        "reason": reason if reason != DEFAULT_REASON else None,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    minutes = ORPHAN_THRESHOLD_MINUTES if threshold_minutes is None else threshold_minutes
+    SweepRequest(**{"asked_by": "trigger", **given, "threshold_minutes": minutes})  # or refuse it
+    run = asyncio.run(trigger_sweep(given, wait=wait, timeout_seconds=timeout, tell=typer.echo))
+    if not wait or (run.state and run.state.is_completed()):
+        return
+    if run.state and run.state.is_final():
+        _fail(f"the sweep ended {run.state_name}", code=1)
+    _fail(
+        f"the flow run is still {run.state_name} after {timeout:g} seconds, and goes on: see "
+        "whether a worker or `orphan-recovery serve` is up to run it",
+        code=1,
+    )
+
+
+@app.command()
+def demo(
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Leave Prefect's UI and fresh orphans up to click on.")
+    ] = False,
+) -> None:
+    """Kill real workers in mid-run before your eyes, and recover what they left."""
+    from orphan_recovery.demo.story import tell_story
+
+    raise typer.Exit(tell_story(leave_ui_up=ui))
+
+
+def main() -> None:
+    """Run the command line; every error that is not a bug is one line on standard error."""
+    try:
+        app()
+    except ConfigurationError as error:
+        _fail(str(error), code=2)
+    except DBAPIError as error:
+        _fail(describe(error), code=1)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        _fail(describe(error), code=1)
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    typer.echo(f"orphan-recovery: {message}", err=True)
+    sys.exit(code)
+
+
+def _print_table(rows: list[dict[str, str]]) -> None:
+    if not rows:
+        return
+    console = Console()
+    table = Table(*rows[0], highlight=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row.values()))
+    console.print(table)

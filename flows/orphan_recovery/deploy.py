@@ -1,0 +1,135 @@
+"""Serve and trigger: the flow's deployments from one process, and one run of them for a pipeline.
+
+The hazard is a pipeline that goes on although the sweep did not end well, or that cannot say
+where to look: the address of the flow run is told first, and only a Completed end is good.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Final
+
+import httpx
+from prefect import aserve, get_client
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, FlowRun
+from prefect.deployments import arun_deployment
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import get_current_settings
+from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.urls import url_for
+
+from orphan_recovery.flow import FLOW_NAME, recover_orphaned_runs
+from orphan_recovery.settings import ConfigurationError
+
+SCHEDULED: Final = "scheduled"
+ON_DEMAND: Final = "on-demand"
+EVERY: Final = timedelta(minutes=5)
+POLL_SECONDS: Final = 2.0
+
+
+async def serve_deployments() -> None:
+    """Offer both deployments from this process and run what they start, until interrupted.
+
+    Raises:
+        ConfigurationError: no Prefect API is configured.
+    """
+    _require_api()
+    about: dict[str, Any] = {
+        "entrypoint_type": EntrypointType.MODULE_PATH,
+        "tags": ["orphan-recovery"],
+    }
+    scheduled = await recover_orphaned_runs.ato_deployment(
+        name=SCHEDULED,
+        interval=EVERY,
+        # A second sweep beside a first is harmless but of no use: it is not piled up.
+        concurrency_limit=ConcurrencyLimitConfig(
+            limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
+        ),
+        **about,
+    )
+    on_demand = await recover_orphaned_runs.ato_deployment(name=ON_DEMAND, **about)
+    # Not paused on shutdown: the schedule belongs to every process that serves it, and one that
+    # stops in a rolling deploy must not silence the others.
+    await aserve(scheduled, on_demand, pause_on_shutdown=False)
+
+
+async def trigger_sweep(
+    parameters: dict[str, Any],
+    *,
+    wait: bool,
+    timeout_seconds: float,
+    tell: Callable[[str], None],
+) -> FlowRun:
+    """Start the on-demand deployment.
+
+    Args:
+        parameters: of the flow; what is left out takes the deployment's own value.
+        wait: stay until the flow run has ended.
+        timeout_seconds: how long to wait at most, in seconds; the flow run goes on all the same.
+        tell: called with a line for people: the flow run's address, then each state it enters.
+
+    Returns:
+        The flow run as it last was.
+
+    Raises:
+        ConfigurationError: no Prefect API is configured or reachable, it has no such deployment,
+            or it refused the parameters.
+    """
+    api = _require_api()
+    deployment = f"{FLOW_NAME}/{ON_DEMAND}"
+    try:
+        run = await arun_deployment(
+            deployment, parameters=parameters, timeout=0, as_subflow=False, tags=["triggered"]
+        )
+    except ObjectNotFound:
+        raise ConfigurationError(
+            f"there is no deployment {deployment!r} at {api}: run `prefect --no-prompt deploy "
+            "--all` or `orphan-recovery serve`"
+        ) from None
+    except PrefectHTTPStatusError as error:
+        raise ConfigurationError(
+            f"{api} refused to start {deployment!r}: {_detail(error)}"
+        ) from None
+    except httpx.TransportError as error:
+        raise ConfigurationError(
+            f"the Prefect API at {api} cannot be reached ({type(error).__name__}): see whether "
+            "the server runs, and whether PREFECT_API_URL is right"
+        ) from None
+    tell(f"flow run {run.name}: {url_for(run) or run.id}")
+    if not wait:
+        return run
+    return await _follow(run, timeout_seconds, tell)
+
+
+async def _follow(run: FlowRun, timeout_seconds: float, tell: Callable[[str], None]) -> FlowRun:
+    give_up_at = time.monotonic() + timeout_seconds
+    told = None
+    async with get_client() as client:
+        while True:
+            run = await client.read_flow_run(run.id)
+            if run.state_name != told:
+                told = run.state_name
+                tell(f"{told}{': ' + run.state.message if run.state and run.state.message else ''}")
+            if (run.state and run.state.is_final()) or time.monotonic() > give_up_at:
+                return run
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _require_api() -> str:
+    """Without an address Prefect would start a server of its own, that nobody else sees."""
+    api = get_current_settings().api.url
+    if not api:
+        raise ConfigurationError(
+            "no Prefect API: set PREFECT_API_URL, such as http://127.0.0.1:4200/api for "
+            "`prefect server start`"
+        )
+    return api
+
+
+def _detail(error: PrefectHTTPStatusError) -> str:
+    try:
+        detail = error.response.json()
+    except ValueError:
+        return f"HTTP {error.response.status_code}"
+    return str(detail.get("detail") or detail.get("exception_detail") or detail)

@@ -1,0 +1,239 @@
+"""The flow: detect, mark each orphan as a task of its own, summarise.
+
+The hazard is an orchestrator that hides what happened: one failed mark that fails all, or one
+that nobody hears of. So each orphan has its own task run, retried by itself and only for what is
+transient; and the flow decides its end explicitly, Failed with a message that counts as soon as
+one orphan could not be marked.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext
+from prefect.states import Completed, Failed
+from prefect.tasks import Task, exponential_backoff
+from pydantic import Field
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
+from orphan_recovery.database import POOL_SIZE, describe, make_engine, transaction
+from orphan_recovery.detect import Fleet
+from orphan_recovery.detect import detect as detect_orphans
+from orphan_recovery.mark import log_verdict, mark_one
+from orphan_recovery.policy import is_outage, is_transient, retry_plan
+from orphan_recovery.recover import begin, finish, is_enabled, log_detected, log_end, log_start
+from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
+from orphan_recovery.runs import WorkerRun
+from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
+from orphan_recovery.summarize import SweepReport, as_markdown, as_table
+from orphan_recovery.verdict import Outcome, Verdict
+
+FLOW_NAME = "recover-orphaned-runs"
+
+
+async def _worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
+    """Prefect's question, answered by the policy. It has to be async: see ``Task.retries``."""
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, BaseException) and is_transient(error.__cause__ or error)
+
+
+_PLAN = retry_plan()
+_RETRIED: dict[str, Any] = {
+    "retries": _PLAN.retries,
+    "retry_delay_seconds": exponential_backoff(_PLAN.backoff_factor),
+    "retry_jitter_factor": _PLAN.jitter,
+    "retry_condition_fn": _worth_retrying,
+    # A look at the database is never to be answered from a cache.
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+}
+
+
+class DatabaseError(RuntimeError):
+    """A database error in one line, for people who read it in the UI; its cause is the error."""
+
+
+@asynccontextmanager
+async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    try:
+        async with transaction(engine) as connection:
+            yield connection
+    except DBAPIError as error:  # its own text is the whole statement
+        raise DatabaseError(describe(error)) from error
+
+
+class SweepFailed(RuntimeError):  # noqa: N818 - named for what an operator reads
+    """The sweep did not end well. ``report`` is what it did all the same."""
+
+    def __init__(self, report: SweepReport) -> None:
+        super().__init__(report.headline())
+        self.report = report.as_dict()
+
+
+@task(name="open-sweep", **_RETRIED)
+async def open_sweep(engine: AsyncEngine, request: SweepRequest) -> Fleet:
+    """Record that the sweep begins, and look at all that is in flight."""
+    async with _transaction(engine) as connection:
+        return await begin(connection, request)
+
+
+@task(name="detect", **_RETRIED)
+async def detect(engine: AsyncEngine, request: SweepRequest) -> list[WorkerRun]:
+    """Find the orphans; reads only."""
+    async with _transaction(engine) as connection:
+        return await detect_orphans(connection, request)
+
+
+@task(name="mark", task_run_name="mark-{run.id}", **_RETRIED)
+async def mark(engine: AsyncEngine, run: WorkerRun, reason: str) -> Verdict:
+    """Give the verdict on one orphan, in a transaction of its own."""
+    async with _transaction(engine) as connection:
+        verdict = await mark_one(connection, run, reason)
+    log_verdict(verdict, reason)
+    get_run_logger().info(
+        "%s: %s; silent for %s by its %s when detected, threshold %s, held by worker %s",
+        run.id,
+        verdict.outcome.value,
+        run.silence,
+        run.evidence.value,
+        run.threshold,
+        run.worker_id or "(none)",
+    )
+    return verdict
+
+
+@task(name="summarise", **_RETRIED)
+async def summarise(
+    engine: AsyncEngine, report: SweepReport, failed: list[Verdict]
+) -> list[Verdict]:
+    """Settle what failed, and close the sweep in the ledger."""
+    async with _transaction(engine) as connection:
+        return await finish(connection, report.request, failed, report.detected, report.error)
+
+
+@flow(name=FLOW_NAME, persist_result=False)
+async def recover_orphaned_runs(
+    threshold_minutes: Annotated[
+        int, Field(ge=1, le=MAX_THRESHOLD_MINUTES)
+    ] = ORPHAN_THRESHOLD_MINUTES,
+    dry_run: bool = False,
+    tenant: Annotated[str, Field(min_length=1)] | None = None,
+    worker: Annotated[str, Field(min_length=1)] | None = None,
+    limit: Annotated[int, Field(ge=1)] | None = None,
+    reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_LENGTH)] = DEFAULT_REASON,
+) -> State[Any]:
+    """Find runs whose worker died and mark each as crashed.
+
+    Every verdict repeats the whole check against the row under its lock, so a run that finishes,
+    beats or changes hands in the meantime is left alone. Look first with *dry run*.
+
+    Args:
+        threshold_minutes: Minutes of silence that make a run an orphan, at least 1. Keep it
+            above three heartbeats; for runs that do not beat, above the longest honest run.
+        dry_run: Only look: list what would be judged and write nothing at all.
+        tenant: Only runs of this tenant. Leave empty for all.
+        worker: Only runs held by this worker. Leave empty for all.
+        limit: Judge at most so many runs, longest silence first. Leave empty for no limit.
+        reason: What the error text of each marked run begins with.
+    """
+    request = SweepRequest(
+        threshold_minutes=threshold_minutes,
+        asked_by=_asked_by(),
+        tenant=tenant,
+        worker=worker,
+        limit=limit,
+        reason=reason,
+        dry_run=dry_run,
+    )
+    report = SweepReport(request)
+    if is_enabled():
+        log_start(request)
+        engine = make_engine()
+        try:
+            await _sweep(engine, report)
+        finally:
+            await engine.dispose()
+    else:
+        report.enabled = False
+    log_end(report)
+    await _show(report)
+    if report.ended_well:
+        return Completed(message=report.headline(), data=report.as_dict())
+    return Failed(message=report.headline(), data=SweepFailed(report))
+
+
+async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
+    request, failed = report.request, list[Verdict]()
+    try:
+        report.fleet = await open_sweep(engine, request)
+        runs = await detect(engine, request)
+        report.saw(runs)
+        if runs:
+            log_detected(runs)
+        if not request.dry_run:
+            verdicts = await _mark_each(engine, runs, request.reason)
+            failed = [v for v in verdicts if v.outcome is Outcome.FAILED]
+            report.judged([v for v in verdicts if v.outcome is not Outcome.FAILED])
+    except Exception as error:
+        report.error = describe(error.__cause__ or error)
+    try:
+        report.judged(await summarise(engine, report, failed))
+    except Exception as error:
+        report.judged(failed)
+        report.error = report.error or describe(error.__cause__ or error)
+
+
+async def _mark_each(engine: AsyncEngine, runs: list[WorkerRun], reason: str) -> list[Verdict]:
+    """One task run an orphan, side by side. What cannot be marked fails its own task run only."""
+    at_once = asyncio.Semaphore(POOL_SIZE)
+    outage: str | None = None
+
+    async def judged(run: WorkerRun) -> Verdict:
+        nonlocal outage
+        async with at_once:
+            if outage:  # thousands of retries against a lost database help nobody
+                return Verdict(run=run, outcome=Outcome.FAILED, error=f"not tried after {outage}")
+            # Prefect's overloads take the task for a sync one here.
+            state = await mark(engine, run, reason, return_state=True)  # type: ignore[misc]
+            result = await state.aresult(raise_on_failure=False)
+        if isinstance(result, Verdict):
+            return result
+        error = result if isinstance(result, BaseException) else RuntimeError(state.message)
+        error = error.__cause__ or error
+        if is_outage(error):
+            outage = describe(error)
+        verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
+        log_verdict(verdict, reason)
+        return verdict
+
+    return list(await asyncio.gather(*(judged(run) for run in runs)))
+
+
+async def _show(report: SweepReport) -> None:
+    """The report in Prefect's own places: the log, and two artifacts that keep their history."""
+    level = "info" if report.ended_well else "error"
+    getattr(get_run_logger(), level)(report.headline())
+    await acreate_table_artifact(
+        key="orphan-recovery-verdicts", table=as_table(report), description=report.headline()
+    )
+    await acreate_markdown_artifact(key="orphan-recovery-summary", markdown=as_markdown(report))
+
+
+def _asked_by() -> str:
+    """Which flow run asked, and who started that, for the ledger."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    if run is None:
+        return f"flow {FLOW_NAME}"
+    if run.auto_scheduled:
+        origin = "its schedule"
+    else:
+        origin = (run.created_by and run.created_by.display_value) or "hand"
+    return f"flow run {run.name} ({run.id}), started by {origin}"

@@ -1,0 +1,144 @@
+"""A real Postgres for every test, each with a database of its own; a real Prefect server once."""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+from orphan_recovery.database import database_url, make_engine
+from orphan_recovery.embedded import embedded_postgres
+from orphan_recovery.migrate import migrate
+from support import Database, free_port
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The address of a Postgres server: TEST_DATABASE_URL, or an embedded one."""
+    own = os.environ.get("TEST_DATABASE_URL")
+    if own:
+        yield own
+    else:
+        with embedded_postgres() as url:
+            yield url
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """The name of a database with the schema, from which each test's own is copied."""
+    with _database(server) as url:
+        migrate(database_url(url))
+        name = make_url(url).database
+        assert name
+        yield name
+
+
+@pytest.fixture
+def blank(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    """An empty database; the environment names it."""
+    with _database(server) as url, Database(url) as database:
+        monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url)
+        yield database
+
+
+@pytest.fixture
+def db(server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    """A database with the schema and no rows; the environment names it."""
+    with _database(server, template) as url, Database(url) as database:
+        monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url)
+        yield database
+
+
+@pytest.fixture
+async def engine(db: Database) -> AsyncIterator[AsyncEngine]:
+    engine = make_engine(database_url(db.url))
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def session(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
+    async with AsyncSession(engine) as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API address of a real Prefect server, as other processes see it."""
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    api = f"http://127.0.0.1:{port}/api"
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(home),
+        "PREFECT_UI_API_URL": "/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    command = [str(Path(sys.executable).with_name("prefect")), "server", "start"]
+    with (home / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], env=environment, stdout=log, stderr=log
+        )
+    try:
+        _await_health(api, process, home / "server.log")
+        yield api
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture
+def prefect(prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The environment of this test, and of what it starts, uses the Prefect server."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect-home"))
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    return prefect_api
+
+
+def _await_health(api: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    give_up_at = time.monotonic() + 180
+    while time.monotonic() < give_up_at and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{api}/health", timeout=2):  # noqa: S310
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"the Prefect server did not come up:\n{log.read_text()[-3000:]}")
+
+
+class _database:  # noqa: N801 - used as a function
+    """Create a database, yield its address, drop it."""
+
+    def __init__(self, server: str, template: str = "template0") -> None:
+        self.server, self.template = server, template
+        self.name = f"orphan_recovery_test_{os.getpid()}_{next(_numbers)}"
+
+    def __enter__(self) -> str:
+        create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+        self._admin(create.format(sql.Identifier(self.name), sql.Identifier(self.template)))
+        url = make_url(self.server).set(drivername="postgresql", database=self.name)
+        return url.render_as_string(hide_password=False)
+
+    def __exit__(self, *_: object) -> None:
+        self._admin(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(self.name)))
+
+    def _admin(self, statement: sql.Composed) -> None:
+        url = make_url(self.server).set(drivername="postgresql")
+        with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as admin:
+            admin.execute(statement)

@@ -1,0 +1,130 @@
+"""What tests arrange the world with: rows, second connections, real processes."""
+
+import socket
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, LiteralString, Self
+
+import psycopg
+from psycopg.rows import dict_row
+
+
+class Database:
+    """A test's own database, with a connection that commits each statement at once."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> Self:
+        self._connection = self.connect(autocommit=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._connection.close()
+
+    def connect(self, *, autocommit: bool = False) -> psycopg.Connection[dict[str, Any]]:
+        """A further connection, to hold a lock or a transaction of its own."""
+        return psycopg.connect(self.url, autocommit=autocommit, row_factory=dict_row)
+
+    def do(self, statement: LiteralString, *values: Any) -> list[dict[str, Any]]:
+        cursor = self._connection.execute(statement, values or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def one(self, statement: LiteralString, *values: Any) -> Any:
+        [row] = self.do(statement, *values)
+        [value] = row.values()
+        return value
+
+    def add_run(
+        self,
+        run_id: str,
+        *,
+        status: str = "running",
+        worker: str | None = "worker-1",
+        tenant: str | None = "tenant-1",
+        age: str = "2 hours",
+        beat: str | None = None,
+    ) -> str:
+        """A run created ``age`` ago, which last beat ``beat`` ago, if ever."""
+        self.do(
+            "INSERT INTO worker_runs (id, status, worker_id, tenant_id, task, created_at,"
+            " started_at, heartbeat_at) VALUES (%s, %s, %s, %s, 'report',"
+            " now() - %s::interval, now() - %s::interval, now() - %s::interval)",
+            *(run_id, status, worker, tenant, age, age, beat),
+        )
+        return run_id
+
+    def add_orphans(self, count: int) -> list[str]:
+        """So many runs, each silent for between one and two hours; the first for longest."""
+        self.do(
+            "INSERT INTO worker_runs (id, status, worker_id, created_at) SELECT"
+            " 'run-' || lpad(n::text, 6, '0'), 'running', 'worker-' || n %% 7,"
+            " now() - interval '2 hours' + n * interval '1 hour' / %s"
+            " FROM generate_series(1, %s) AS n",
+            *(count, count),
+        )
+        return [row["id"] for row in self.do("SELECT id FROM worker_runs ORDER BY created_at")]
+
+    def status(self, run_id: str) -> str:
+        return str(self.one("SELECT status FROM worker_runs WHERE id = %s", run_id))
+
+    def statuses(self) -> dict[str, str]:
+        rows = self.do("SELECT id, status FROM worker_runs")
+        return {str(row["id"]): str(row["status"]) for row in rows}
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        return self.do("SELECT * FROM orphan_recovery.verdicts ORDER BY judged_at, run_id")
+
+    def outcomes(self) -> dict[str, str]:
+        """The latest outcome of each run that has a verdict."""
+        return {row["run_id"]: row["outcome"] for row in self.verdicts()}
+
+    def sweeps(self) -> list[dict[str, Any]]:
+        return self.do("SELECT * FROM orphan_recovery.sweeps ORDER BY opened_at")
+
+    def poison(self, *run_ids: str) -> None:
+        """From now on every update of these runs raises."""
+        self.do(
+            "CREATE FUNCTION poison() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE EXCEPTION 'poisoned row %', OLD.id; END $$"
+        )
+        for run_id in run_ids:
+            self.do(
+                psycopg.sql.SQL(  # type: ignore[arg-type]
+                    "CREATE TRIGGER {} BEFORE UPDATE ON worker_runs FOR EACH ROW"
+                    " WHEN (OLD.id = {}) EXECUTE FUNCTION poison()"
+                ).format(psycopg.sql.Identifier(f"poison_{run_id}"), run_id)
+            )
+
+    def await_lock_wait(self) -> None:
+        """Return once some session of this database waits for a lock."""
+        until(
+            lambda: (
+                self.one(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                )
+                > 0
+            ),
+            "a session that waits for a lock",
+        )
+
+
+def until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Return once ``holds`` does; fail loudly if it never does."""
+    give_up_at = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < give_up_at, f"waited {seconds:g} s in vain for {what}"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
