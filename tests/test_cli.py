@@ -1,0 +1,142 @@
+"""The command line, run as a person or a script runs it: output, and an exit code to trust."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import Database, free_port
+
+COMMAND = Path(sys.executable).with_name("orphan-recovery")
+
+
+def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [str(COMMAND), *arguments],
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_migrate_sweep_summary(blank: Database) -> None:
+    first = run("migrate")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "went from revision none to 0002" in first.stdout
+    assert "is at revision 0002 already" in run("migrate").stdout
+    orphans = blank.add_orphans(2)
+    blank.add_run("alive", age="1 minute")
+
+    looked = run("sweep", "--dry-run")
+    assert looked.returncode == 0
+    assert "dry run: 2 orphaned runs would be judged, nothing was written" in looked.stdout
+    assert blank.sweeps() == []
+
+    swept = run("sweep", "--reason", "node lost")
+    assert swept.returncode == 0
+    assert "2 orphaned runs detected: 2 marked crashed" in swept.stdout
+    for orphan in orphans:
+        assert orphan in swept.stdout
+    assert blank.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
+    assert blank.sweeps()[0]["asked_by"].startswith("orphan-recovery sweep on ")
+
+    told = json.loads(run("summary", "--json").stdout)
+    assert told["total_crashed"] == 2
+    assert told["recent_crashes"][0]["error"].startswith("node lost; ")
+    assert "2 crashed in all" in run("summary").stdout
+
+
+def test_sweep_prints_json_for_scripts_and_nothing_else(db: Database) -> None:
+    db.add_orphans(1)
+    done = run("sweep", "--json", "--threshold-minutes", "5")
+    report = json.loads(done.stdout)
+    assert (report["recovered"], report["threshold_minutes"]) == (1, 5)
+    assert done.stderr == ""
+
+
+def test_a_run_that_cannot_be_marked_gives_exit_code_1_and_says_what_next(db: Database) -> None:
+    orphans = db.add_orphans(2)
+    db.poison(orphans[0])
+    done = run("sweep")
+    assert done.returncode == 1
+    assert "1 FAILED" in done.stdout
+    assert "poisoned row" in done.stdout
+    assert "next: 1 could not be marked" in done.stderr
+
+
+def test_scope_options_reach_the_sweep(db: Database) -> None:
+    db.add_run("a", tenant="t1", worker="w1", age="5 hours")
+    db.add_run("b", tenant="t1", worker="w1", age="4 hours")
+    db.add_run("c", tenant="t1", worker="w2")
+    db.add_run("d", tenant="t2", worker="w1")
+    done = run("sweep", "--tenant", "t1", "--worker", "w1", "--limit", "1")
+    assert done.returncode == 0
+    assert [run for run, status in db.statuses().items() if status == "crashed"] == ["a"]
+    assert db.sweeps()[0]["scope"] == {"tenant": "t1", "worker": "w1", "limit": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["sweep", "--threshold-minutes", "0"], {}, "threshold_minutes is 0"),
+        (["sweep", "--threshold-minutes", "-5"], {}, "threshold_minutes is -5"),
+        (["sweep", "--threshold-minutes", "abc"], {}, "Invalid value for '--threshold-minutes'"),
+        (["sweep", "--worker", ""], {}, "worker is ''"),
+        (["sweep", "--limit", "0"], {}, "limit is 0"),
+        (["sweep", "--nonsense"], {}, "No such option"),
+        (["nonsense"], {}, "No such command"),
+        (["sweep"], {"ORPHAN_THRESHOLD_MINUTES": "0"}, "ORPHAN_THRESHOLD_MINUTES is '0'"),
+        (["sweep"], {"ORPHAN_RECOVERY_ENABLED": "maybe"}, "ORPHAN_RECOVERY_ENABLED is 'maybe'"),
+        (["summary"], {"ORPHAN_RECOVERY_DATABASE_URL": "mysql://u:S3cret@h/d"}, "only Postgres"),
+        (["trigger"], {"PREFECT_API_URL": ""}, "set PREFECT_API_URL"),
+        (["serve"], {"PREFECT_API_URL": ""}, "set PREFECT_API_URL"),
+        (["trigger", "--tenant", ""], {"PREFECT_API_URL": ""}, "tenant is ''"),
+    ],
+)
+def test_bad_usage_and_configuration_give_exit_code_2_and_a_clear_line(
+    db: Database, tmp_path: Path, arguments: list[str], environment: dict[str, str], message: str
+) -> None:
+    db.add_run("run")
+    done = run(*arguments, **{"PREFECT_HOME": str(tmp_path), **environment})
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "S3cret" not in done.stderr
+    assert db.status("run") == "running"
+
+
+def test_an_empty_database_names_the_way_out(blank: Database) -> None:
+    done = run("sweep")
+    assert done.returncode == 2
+    assert "run `orphan-recovery migrate`" in done.stderr
+
+
+def test_a_lost_database_gives_exit_code_1_and_no_traceback() -> None:
+    url = f"postgresql://me:S3cret@127.0.0.1:{free_port()}/nowhere"
+    for command in ("summary", "migrate"):
+        done = run(command, ORPHAN_RECOVERY_DATABASE_URL=url)
+        assert done.returncode == 1
+        assert "orphan-recovery: OperationalError: connection" in done.stderr
+        assert "S3cret" not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_switched_off_it_says_so(db: Database) -> None:
+    db.add_run("run")
+    done = run("sweep", ORPHAN_RECOVERY_ENABLED="false")
+    assert done.returncode == 0
+    assert "recovery is switched off" in done.stdout
+    assert "unset it to switch it on" in done.stderr
+    assert db.status("run") == "running"
+
+
+def test_migrate_down_takes_the_schema_away_and_keeps_rows(db: Database) -> None:
+    db.add_run("run")
+    done = run("migrate", "--down")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert db.one("SELECT to_regnamespace('orphan_recovery')") is None
+    assert db.status("run") == "running"

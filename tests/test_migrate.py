@@ -1,0 +1,199 @@
+"""The schema: applied again and again, taken away again, and an existing table adopted."""
+
+import threading
+from typing import Any
+
+import psycopg
+import pytest
+
+from orphan_recovery import ConfigurationError, recover_orphaned_runs
+from orphan_recovery import migrate as schema
+from orphan_recovery.migrate import migrate, newest_revision, unmigrate
+from support import Database
+
+COLUMNS = {
+    *("id", "tenant_id", "worker_id", "task", "input_json", "status", "success", "error"),
+    *("output_json", "created_at", "started_at", "heartbeat_at", "completed_at"),
+    *("parent_run_id", "attempt", "is_retry"),
+}
+
+
+def columns(db: Database) -> dict[str, str]:
+    rows = db.do(
+        "SELECT attname, format_type(atttypid, atttypmod) AS type FROM pg_attribute"
+        " WHERE attrelid = 'worker_runs'::regclass AND attnum > 0 AND NOT attisdropped"
+    )
+    return {row["attname"]: row["type"] for row in rows}
+
+
+def shape(db: Database) -> list[dict[str, Any]]:
+    """All that the schema consists of, as the catalogue has it."""
+    return db.do(
+        "SELECT 'column' AS kind, table_schema || '.' || table_name || '.' || column_name AS name,"
+        " data_type || coalesce(column_default, '') AS definition FROM information_schema.columns"
+        " WHERE table_schema IN ('public', 'orphan_recovery')"
+        " UNION ALL SELECT 'index', indexname, indexdef FROM pg_indexes"
+        " WHERE schemaname IN ('public', 'orphan_recovery')"
+        " UNION ALL SELECT 'trigger', tgname, pg_get_triggerdef(oid) FROM pg_trigger"
+        " WHERE NOT tgisinternal"
+        " UNION ALL SELECT 'function', proname, prosrc FROM pg_proc"
+        " WHERE pronamespace = 'orphan_recovery'::regnamespace ORDER BY 1, 2, 3"
+    )
+
+
+def test_the_schema_is_applied_once_and_again_without_harm(blank: Database) -> None:
+    assert migrate() == (None, newest_revision())
+    first = shape(blank)
+    assert set(columns(blank)) == COLUMNS
+    assert migrate() == (newest_revision(), newest_revision())
+    assert shape(blank) == first
+
+
+def test_up_down_up_comes_to_the_same_and_down_leaves_nothing(blank: Database) -> None:
+    migrate()
+    first = shape(blank)
+    assert unmigrate() == (newest_revision(), None)
+    assert (
+        blank.one("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace") == 0
+    )
+    assert blank.one("SELECT to_regnamespace('orphan_recovery')") is None
+    migrate()
+    assert shape(blank) == first
+
+
+def test_each_step_goes_down_and_up(blank: Database) -> None:
+    migrate()
+    assert unmigrate(revision="0001") == (newest_revision(), "0001")
+    assert blank.one("SELECT to_regclass('worker_runs_in_flight')") is None
+    assert migrate() == ("0001", newest_revision())
+    assert blank.one("SELECT to_regclass('worker_runs_in_flight')") is not None
+
+
+async def test_down_destroys_neither_runs_nor_the_ledger(db: Database) -> None:
+    db.add_run("run")
+    await recover_orphaned_runs()
+    with pytest.raises(ConfigurationError, match="ledger holds sweeps"):
+        unmigrate()
+    assert len(db.verdicts()) == 1
+    assert db.status("run") == "crashed"
+
+
+def test_down_leaves_a_table_with_rows(db: Database) -> None:
+    db.add_run("run", status="completed")
+    unmigrate()
+    assert db.statuses() == {"run": "completed"}
+    db.do("UPDATE worker_runs SET status = 'failed'")  # the trigger is gone
+
+
+async def test_an_existing_table_is_adopted_and_nothing_in_it_is_rewritten(
+    blank: Database,
+) -> None:
+    blank.do(
+        "CREATE TYPE run_status AS ENUM"
+        " ('queued', 'running', 'completed', 'failed', 'crashed', 'paused')"
+    )
+    blank.do(
+        "CREATE TABLE worker_runs (id uuid PRIMARY KEY, status run_status NOT NULL,"
+        " worker_id text, payload text, created_at timestamp, started_at timestamp)"
+    )
+    blank.do(
+        "INSERT INTO worker_runs SELECT gen_random_uuid(), 'running', 'w', 'mine',"
+        " (now() AT TIME ZONE 'UTC') - interval '2 hours' FROM generate_series(1, 3)"
+    )
+    before = blank.do("SELECT id, status, worker_id, payload, created_at FROM worker_runs")
+    file = blank.one("SELECT pg_relation_filenode('worker_runs')")
+    migrate()
+    assert blank.one("SELECT pg_relation_filenode('worker_runs')") == file, "it was rewritten"
+    assert blank.do("SELECT id, status, worker_id, payload, created_at FROM worker_runs") == before
+    kinds = columns(blank)
+    assert set(kinds) == COLUMNS | {"payload"}
+    assert kinds["created_at"] == "timestamp without time zone"
+    assert kinds["parent_run_id"] == "uuid", "it points to the table's own key"
+    blank.do("INSERT INTO worker_runs (id, status) VALUES (gen_random_uuid(), 'paused')")
+    report = await recover_orphaned_runs()
+    assert (report["recovered"], report["error"]) == (3, None)
+    with pytest.raises(ConfigurationError, match="ledger"):
+        unmigrate()
+
+
+def test_a_missing_created_at_is_added_for_new_rows_and_not_made_up_for_old_ones(
+    blank: Database,
+) -> None:
+    blank.do("CREATE TABLE worker_runs (id text PRIMARY KEY, status text)")
+    blank.do("INSERT INTO worker_runs VALUES ('old', 'running')")
+    migrate()
+    blank.do("INSERT INTO worker_runs VALUES ('new', 'running')")
+    rows = blank.do("SELECT id, created_at IS NULL AS unknown FROM worker_runs ORDER BY id")
+    assert rows == [{"id": "new", "unknown": False}, {"id": "old", "unknown": True}]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("CREATE TABLE worker_runs (run_id text, status text)", "no column id"),
+        ("CREATE TABLE worker_runs (id text, state text)", "no column status"),
+        ("CREATE VIEW worker_runs AS SELECT 'x' AS id, 'y' AS status", "not an ordinary table"),
+        (
+            "CREATE TYPE s AS ENUM ('queued', 'running', 'done');"
+            "CREATE TABLE worker_runs (id text, status s)",
+            "ALTER TYPE s ADD VALUE 'crashed'",
+        ),
+    ],
+)
+def test_what_cannot_be_adopted_is_refused_with_the_way_out_and_left_as_it_was(
+    blank: Database, table: Any, message: str
+) -> None:
+    blank.do(table)
+    before = columns(blank)
+    with pytest.raises(ConfigurationError, match=message):
+        migrate()
+    assert columns(blank) == before
+    assert blank.one("SELECT to_regclass('orphan_recovery.sweeps')") is None
+
+
+def test_a_busy_table_makes_the_migration_give_up_and_not_the_queries_wait(
+    blank: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "LOCK_TIMEOUT_MS", 100)
+    blank.do("CREATE TABLE worker_runs (id text PRIMARY KEY, status text)")
+    with blank.connect() as busy:
+        busy.execute("SELECT * FROM worker_runs")
+        with pytest.raises(ConfigurationError, match="lock on the runs table"):
+            migrate()
+    assert set(columns(blank)) == {"id", "status"}
+    migrate()
+    assert set(columns(blank)) == COLUMNS
+
+
+def test_ten_containers_that_migrate_at_once_get_one_schema(blank: Database) -> None:
+    results: list[object] = []
+
+    def one() -> None:
+        try:
+            results.append(migrate()[1])
+        except Exception as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=one) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [newest_revision()] * 10
+
+
+def test_an_interrupted_index_build_is_repeated(blank: Database) -> None:
+    migrate(revision="0001")
+    blank.do("INSERT INTO worker_runs (id) VALUES ('a')")
+    blank.do(
+        "CREATE FUNCTION fails(text) RETURNS int IMMUTABLE LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE 'build fails'; END $$"
+    )
+    with pytest.raises(psycopg.errors.RaiseException):
+        blank.do("CREATE INDEX CONCURRENTLY worker_runs_in_flight ON worker_runs (fails(id))")
+    invalid = (
+        "SELECT NOT indisvalid FROM pg_index WHERE indexrelid = 'worker_runs_in_flight'::regclass"
+    )
+    assert blank.one(invalid) is True
+    migrate()
+    assert blank.one(invalid) is False

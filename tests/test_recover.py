@@ -1,0 +1,292 @@
+"""The start-up path: it recovers all it can, loses nothing to one bad row, and never raises."""
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from orphan_recovery import ConfigurationError, recover, recover_orphaned_runs
+from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan
+from orphan_recovery.request import SweepRequest
+from support import Database, free_port
+
+KEYS = {"enabled", "detected", "recovered", "skipped", "failed", "runs", "error"}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same retries, without the waiting between them."""
+    monkeypatch.setattr(RetryPlan, "delay", lambda _self, retry: 0.01 * retry)
+
+
+def counts(report: dict[str, Any]) -> tuple[int, ...]:
+    """Detected, recovered, skipped, failed."""
+    return tuple(report[name] for name in ("detected", "recovered", "skipped", "failed"))
+
+
+async def test_every_orphan_is_marked_and_nothing_else(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "PAGE", 4)
+    orphans = db.add_orphans(11)
+    db.add_run("alive", age="5 hours", beat="1 minute")
+    report = await recover_orphaned_runs()
+    assert set(report) >= KEYS
+    assert (report["enabled"], report["error"]) == (True, None)
+    assert counts(report) == (11, 11, 0, 0)
+    assert [run["run_id"] for run in report["runs"]] == orphans
+    assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
+    [sweep] = db.sweeps()
+    assert (sweep["ended_as"], sweep["detected"], sweep["marked"]) == ("completed", 11, 11)
+    assert (sweep["in_flight"], sweep["missed"], sweep["failed"]) == (12, 0, 0)
+
+
+async def test_a_second_recovery_finds_nothing_and_says_so(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    db.add_orphans(3)
+    await recover_orphaned_runs()
+    caplog.set_level(logging.INFO)
+    report = await recover_orphaned_runs()
+    assert counts(report) == (0, 0, 0, 0)
+    assert report["message"].startswith("no orphaned run found")
+    assert "no_orphaned_runs_found" in caplog.messages
+    assert len(db.verdicts()) == 3
+
+
+async def test_many_workers_that_start_at_once_mark_each_orphan_once(db: Database) -> None:
+    orphans = db.add_orphans(60)
+    reports = await asyncio.gather(*(recover_orphaned_runs() for _ in range(4)))
+    assert [report["error"] for report in reports] == [None] * 4
+    assert sum(report["failed"] for report in reports) == 0
+    assert sum(report["recovered"] for report in reports) == 60
+    marked = [v["run_id"] for v in db.verdicts() if v["outcome"] == "marked"]
+    assert sorted(marked) == sorted(orphans)
+
+
+@pytest.mark.parametrize("page", [500, 3, 1])
+async def test_poisoned_rows_fail_alone(
+    db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, page: int
+) -> None:
+    monkeypatch.setattr(recover, "PAGE", page)
+    orphans = db.add_orphans(20)
+    bad = {orphans[0], orphans[9], orphans[19]}
+    db.poison(*bad)
+    report = await recover_orphaned_runs()
+    assert counts(report) == (20, 17, 0, 3)
+    assert {run for run, status in db.statuses().items() if status == "running"} == bad
+    assert [run["run_id"] for run in report["runs"][:3]] == sorted(bad), "failures come first"
+    assert "poisoned row" in report["runs"][0]["error"]
+    failed = {v["run_id"]: v["error"] for v in db.verdicts() if v["outcome"] == "failed"}
+    assert set(failed) == bad
+    assert all("poisoned row" in error for error in failed.values())
+    [sweep] = db.sweeps()
+    assert (sweep["ended_as"], sweep["marked"], sweep["failed"]) == ("failed", 17, 3)
+    assert caplog.messages.count("failed_to_mark_orphan_crashed") == 3
+
+
+async def test_a_row_that_is_held_is_waited_for_and_delays_no_other(db: Database) -> None:
+    orphans = db.add_orphans(5)
+    with db.connect() as worker:
+        worker.execute("SELECT 1 FROM worker_runs WHERE id = %s FOR UPDATE", [orphans[0]])
+        recovery = asyncio.ensure_future(recover_orphaned_runs())
+        await asyncio.to_thread(db.await_lock_wait)
+        assert sorted(db.outcomes()) == orphans[1:], "the others are marked already"
+        worker.execute("UPDATE worker_runs SET status = 'completed' WHERE id = %s", [orphans[0]])
+        worker.commit()
+    assert counts(await recovery) == (5, 4, 1, 0)
+    assert db.outcomes()[orphans[0]] == "finished_first"
+
+
+async def test_a_row_that_is_held_too_long_fails_alone_and_is_an_orphan_still(
+    db: Database, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 50)
+    orphans = db.add_orphans(5)
+    with db.connect() as worker:
+        worker.execute("SELECT 1 FROM worker_runs WHERE id = %s FOR UPDATE", [orphans[2]])
+        report = await recover_orphaned_runs()
+    assert counts(report) == (5, 4, 0, 1)
+    assert "lock timeout" in report["runs"][0]["error"]
+    assert counts(await recover_orphaned_runs()) == (1, 1, 0, 0)
+
+
+async def test_a_connection_that_is_terminated_in_mid_mark_is_retried(
+    db: Database, impatient: None
+) -> None:
+    [orphan] = db.add_orphans(1)
+    with db.connect() as worker:
+        worker.execute("SELECT 1 FROM worker_runs WHERE id = %s FOR UPDATE", [orphan])
+        recovery = asyncio.ensure_future(recover_orphaned_runs())
+        await asyncio.to_thread(db.await_lock_wait)
+        assert db.one(
+            "SELECT bool_and(pg_terminate_backend(pid)) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'orphan-recovery'"
+        )
+    report = await recovery
+    assert (report["error"], counts(report)) == (None, (1, 1, 0, 0))
+    assert db.outcomes() == {orphan: "marked"}
+
+
+async def test_a_permanent_error_is_not_retried(db: Database) -> None:
+    db.add_orphans(1)
+    db.do(
+        "CREATE SEQUENCE tries;"
+        "CREATE FUNCTION count_tries() RETURNS trigger LANGUAGE plpgsql AS $$"
+        " DECLARE nothing int; BEGIN PERFORM nextval('tries');"
+        " SELECT no_such_column INTO nothing FROM worker_runs; RETURN NEW; END $$;"
+        "CREATE TRIGGER count_tries BEFORE UPDATE ON worker_runs"
+        " FOR EACH ROW EXECUTE FUNCTION count_tries()"
+    )
+    report = await recover_orphaned_runs()
+    assert counts(report) == (1, 0, 0, 1)
+    assert "no_such_column" in report["runs"][0]["error"]
+    assert "42703" in report["runs"][0]["error"]
+    assert db.one("SELECT last_value FROM tries") == 1
+
+
+async def test_an_outage_ends_the_sweep_with_an_error_and_the_next_one_goes_on(
+    db: Database, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    monkeypatch.setattr(recover, "PAGE", 2)
+    orphans = db.add_orphans(4)
+    # From the third row on, whoever marks is cut off at once, each time anew.
+    db.do(
+        "CREATE FUNCTION cut_off() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$"
+    )
+    db.do(
+        "CREATE TRIGGER cut_off BEFORE UPDATE ON worker_runs"
+        " FOR EACH ROW WHEN (OLD.id >= 'run-000003') EXECUTE FUNCTION cut_off()"
+    )
+    report = await recover_orphaned_runs()
+    assert "terminating connection" in report["error"]
+    assert report["message"].startswith("stopped before its end")
+    assert report["recovered"] == 2
+    assert db.outcomes() == dict.fromkeys(orphans[:2], "marked")
+    [sweep] = db.sweeps()
+    assert sweep["ended_as"] == "failed"
+    assert "terminating connection" in sweep["error"]
+    db.do("DROP TRIGGER cut_off ON worker_runs")
+    assert counts(await recover_orphaned_runs()) == (2, 2, 0, 0)
+
+
+async def test_no_database_gives_an_error_and_raises_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, impatient: None
+) -> None:
+    url = f"postgresql://someone:S3cret!@127.0.0.1:{free_port()}/nowhere"
+    monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url)
+    report = await recover_orphaned_runs()
+    assert "connection" in report["error"].lower()
+    assert counts(report) == (0, 0, 0, 0)
+    assert "orphan_recovery_failed" in caplog.messages
+    assert "S3cret" not in repr(report) + caplog.text + repr([vars(r) for r in caplog.records])
+
+
+async def test_no_address_and_no_table_give_an_error_that_names_the_way_out(
+    blank: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "orphan-recovery migrate" in (await recover_orphaned_runs())["error"]
+    monkeypatch.delenv("ORPHAN_RECOVERY_DATABASE_URL")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    assert "ORPHAN_RECOVERY_DATABASE_URL" in (await recover_orphaned_runs())["error"]
+
+
+async def test_switched_off_it_touches_nothing_and_says_so(
+    db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    db.add_run("run")
+    monkeypatch.setenv("ORPHAN_RECOVERY_ENABLED", "false")
+    monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", "postgresql://127.0.0.1:1/unreachable")
+    report = await recover_orphaned_runs()
+    assert (report["enabled"], report["error"], report["detected"]) == (False, None, 0)
+    assert "switched off" in report["message"]
+    assert "orphan_recovery_disabled" in caplog.messages
+    assert (db.status("run"), db.sweeps()) == ("running", [])
+
+
+@pytest.mark.parametrize("threshold", [0, -5, "abc"])
+async def test_a_bad_threshold_is_refused_by_name(db: Database, threshold: Any) -> None:
+    db.add_run("run", age="1 second")
+    with pytest.raises(ConfigurationError, match="threshold_minutes is"):
+        await recover_orphaned_runs(threshold)
+    assert db.sweeps() == []
+
+
+async def test_a_dry_run_writes_nothing_at_all(db: Database) -> None:
+    orphans = db.add_orphans(3)
+    db.do("DROP SCHEMA orphan_recovery CASCADE")  # not even a ledger is needed
+    request = SweepRequest(threshold_minutes=30, asked_by="test", dry_run=True)
+    report = await recover.run_sweep(request)
+    assert report.ended_well
+    assert [run["run_id"] for run in report.as_dict()["runs"]] == orphans
+    assert "dry run: 3 orphaned runs would be judged" in report.headline()
+    assert set(db.statuses().values()) == {"running"}
+
+
+async def test_a_limit_bounds_the_sweep(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover, "PAGE", 2)
+    orphans = db.add_orphans(7)
+    request = SweepRequest(threshold_minutes=30, asked_by="test", limit=5)
+    report = await recover.run_sweep(request)
+    assert (report.detected, report.recovered) == (5, 5)
+    assert sorted(db.outcomes()) == orphans[:5], "longest silence first"
+
+
+async def test_runs_that_cannot_be_judged_are_told_loudly(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    db.add_run("ahead", worker="fast-clock", beat="-2 hours")
+    report = await recover_orphaned_runs()
+    assert report["ahead"] == 1
+    assert "fast-clock" in report["message"]
+    assert "runs_ahead_of_database_clock" in caplog.messages
+
+
+async def test_a_sweep_that_was_killed_is_closed_by_a_later_one(db: Database) -> None:
+    db.add_run("run")
+    for sweep_id, opened in (("1" * 32, "2 hours"), ("2" * 32, "10 minutes")):
+        db.do(
+            "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+            " threshold, scope, version, opened_at) VALUES (%s, 'default', 'worker_runs', 'test',"
+            " 'test', '30 minutes', '{}', '0', now() - %s::interval)",
+            *(sweep_id, opened),
+        )
+    await recover_orphaned_runs()
+    assert [sweep["ended_as"] for sweep in db.sweeps()] == ["died", None, "completed"]
+
+
+async def test_the_events_of_a_recovery_carry_their_fields(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    [orphan] = db.add_orphans(1)
+    report = await recover_orphaned_runs()
+    assert caplog.messages == [
+        "orphan_recovery_starting",
+        "orphaned_runs_detected",
+        "orphan_run_marked_crashed",
+        "orphan_recovery_complete",
+    ]
+    fields = [vars(record) for record in caplog.records]
+    assert fields[1]["run_ids"] == [orphan]
+    assert (fields[2]["run_id"], fields[2]["sweep_id"]) == (orphan, report["sweep_id"])
+    assert fields[3]["recovered"] == 1
+
+
+async def test_the_retries_of_the_start_up_path_are_those_of_the_policy(
+    engine: AsyncEngine, impatient: None
+) -> None:
+    plan, tries = retry_plan(), 0
+
+    async def never_reached(_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise ConnectionError("refused")
+
+    with pytest.raises(ConnectionError):
+        await recover._in_transaction(engine, never_reached)
+    assert tries == 1 + plan.retries == 5
+    assert retry_plan(RetryPolicy.NEVER).retries == 0

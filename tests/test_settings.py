@@ -1,0 +1,94 @@
+"""Addresses, requests, secrets: what is accepted, refused by name, and never shown."""
+
+import pytest
+from sqlalchemy.exc import ArgumentError
+
+from orphan_recovery import ConfigurationError
+from orphan_recovery.database import database_url, describe, redact
+from orphan_recovery.request import SweepRequest
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "postgresql://u:p@host:5433/name?sslmode=require",
+        "postgres://u:p@host:5433/name?sslmode=require",
+        "postgresql+asyncpg://u:p@host:5433/name?sslmode=require",
+        "  postgresql+psycopg2://u:p@host:5433/name?sslmode=require\n",
+    ],
+)
+def test_addresses_as_people_write_them_are_accepted(raw: str) -> None:
+    url = database_url(raw)
+    assert url.drivername == "postgresql+psycopg"
+    assert (url.host, url.port, url.database) == ("host", 5433, "name")
+    assert url.query == {"sslmode": "require"}
+
+
+def test_the_projects_own_variable_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://host/general")
+    monkeypatch.delenv("ORPHAN_RECOVERY_DATABASE_URL", raising=False)
+    assert database_url().database == "general"
+    monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", "postgresql://host/own")
+    assert database_url().database == "own"
+    monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", "")
+    assert database_url().database == "general"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ("mysql://u:S3cret@host/name", "names 'mysql': only Postgres"),
+        ("sqlite:///file.db", "names 'sqlite': only Postgres"),
+        ("host=db password=S3cret dbname=x", "cannot be read"),
+        ("postgresql://u:S3cret@host:port/name", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_other_addresses_are_refused_with_the_way_out_and_without_the_password(
+    raw: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message) as raised:
+        database_url(raw)
+    assert "postgresql://user:password@host" in str(raised.value)
+    assert "S3cret" not in str(raised.value)
+
+
+def test_no_address_names_both_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ORPHAN_RECOVERY_DATABASE_URL", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigurationError, match="ORPHAN_RECOVERY_DATABASE_URL or DATABASE_URL"):
+        database_url()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://me:S3cret@host/db failed",
+        "postgresql://me:S3cret@with@at@host/db failed",
+        "host=h password=S3cret user=me",
+        "host=h password='S3cret with spaces' user=me",
+        "postgresql://host/db?user=me&password=S3cret&sslmode=require",
+    ],
+)
+def test_a_password_is_never_shown(text: str) -> None:
+    for shown in (redact(text), describe(RuntimeError(text)), describe(ArgumentError(text))):
+        assert "S3cret" not in shown
+        assert "***" in shown
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"threshold_minutes": 0}, "threshold_minutes is 0"),
+        ({"threshold_minutes": "30"}, "threshold_minutes is '30'"),
+        ({"tenant": ""}, "tenant is ''"),
+        ({"worker": "  "}, "worker is '  '"),
+        ({"worker": "a\x00b"}, "worker is"),
+        ({"limit": 0}, "limit is 0"),
+        ({"limit": -1}, "limit is -1"),
+        ({"reason": ""}, "reason is ''"),
+    ],
+)
+def test_a_bad_request_is_refused_by_name(asked: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        SweepRequest(**{"threshold_minutes": 30, "asked_by": "test", **asked})  # type: ignore[arg-type]
