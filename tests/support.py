@@ -102,17 +102,17 @@ class Database:
                 ).format(psycopg.sql.Identifier(f"poison_{run_id}"), run_id)
             )
 
-    def await_lock_wait(self) -> None:
-        """Return once some session of this database waits for a lock."""
+    def await_lock_wait(self, sessions: int = 1) -> None:
+        """Return once so many sessions of this database wait for a lock."""
         until(
             lambda: (
                 self.one(
                     "SELECT count(*) FROM pg_stat_activity"
                     " WHERE datname = current_database() AND wait_event_type = 'Lock'"
                 )
-                > 0
+                >= sessions
             ),
-            "a session that waits for a lock",
+            f"{sessions} session(s) that wait for a lock",
         )
 
 

@@ -168,6 +168,10 @@ async def test_the_partial_index_serves_detection(db: Database, engine: AsyncEng
         "INSERT INTO worker_runs (id, status, created_at) SELECT 'done-' || n, 'completed',"
         " now() - interval '1 day' FROM generate_series(1, 20000) AS n"
     )
+    db.do(
+        "INSERT INTO worker_runs (id, status, created_at) SELECT 'young-' || n, 'running',"
+        " now() - interval '1 minute' FROM generate_series(1, 5000) AS n"
+    )
     db.add_orphans(20)
     db.do("ANALYZE worker_runs")
     request = SweepRequest(threshold_minutes=30, asked_by="test")
@@ -176,8 +180,9 @@ async def test_the_partial_index_serves_detection(db: Database, engine: AsyncEng
             dialect=engine.dialect, compile_kwargs={"literal_binds": True}
         )
         plan = "\n".join(await connection.scalars(text(f"EXPLAIN {statement}".replace(":", "\\:"))))
-    assert "worker_runs_in_flight" in plan
-    assert not re.search(r"Seq Scan on worker_runs", plan)
+    assert "Bitmap Index Scan on worker_runs_in_flight" in plan
+    assert "Index Cond: (created_at <= (statement_timestamp()" in plan, "young runs are read too"
+    assert "Seq Scan" not in plan
 
 
 @pytest.mark.parametrize("threshold", [0, -5, "abc", True, 1.5, 10**9])

@@ -14,11 +14,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from orphan_recovery import (
     ConfigurationError,
+    RunStatus,
     WorkerRun,
     detect_orphaned_runs,
     mark_run_as_crashed,
 )
+from orphan_recovery.ledger import note_direct_call
+from orphan_recovery.mark import mark
 from orphan_recovery.policy import is_transient
+from orphan_recovery.request import SweepRequest
 from support import Database
 
 # What a worker, or someone else, may do to its run; and the outcome that has to name it.
@@ -62,6 +66,10 @@ def marking(engine: AsyncEngine, orphan: WorkerRun) -> Marking:
             return await mark_run_as_crashed(session, orphan)
 
     return mark
+
+
+def request_of(run: WorkerRun) -> SweepRequest:
+    return SweepRequest(threshold_minutes=30, asked_by="test", sweep_id=run.sweep_id)
 
 
 async def test_an_orphan_is_marked_with_its_evidence(
@@ -211,6 +219,48 @@ async def test_two_sweeps_at_once_mark_once(
         assert await second is False
         await other.commit()
     assert sorted(v["outcome"] for v in db.verdicts()) == ["already_marked", "marked"]
+
+
+async def test_two_sweeps_that_wait_for_the_same_rows_do_not_deadlock(
+    db: Database, engine: AsyncEngine, session: AsyncSession
+) -> None:
+    """Both wait behind a third for the middle row, having come from opposite ends."""
+    orphans = db.add_orphans(3)
+
+    async def sweep_of(runs: list[WorkerRun]) -> list[str]:
+        async with AsyncSession(engine) as own, own.begin():
+            await note_direct_call(own, request_of(runs[0]))
+            return [v.outcome for v in await mark(own, runs, "test") if v is not None]
+
+    first = await detect_orphaned_runs(session)
+    second = await detect_orphaned_runs(session)
+    with db.connect() as third:
+        third.execute("SELECT 1 FROM worker_runs WHERE id = %s FOR UPDATE", [orphans[1]])
+        one = asyncio.ensure_future(sweep_of(first))
+        await asyncio.to_thread(db.await_lock_wait, 1)
+        other = asyncio.ensure_future(sweep_of(second[::-1]))
+        await asyncio.to_thread(db.await_lock_wait, 2)
+    assert await one == ["marked"] * 3
+    assert await other == ["already_marked"] * 3
+
+
+async def test_the_first_verdict_of_a_sweep_stands(db: Database, marking: Marking) -> None:
+    db.do(MOVES["changes hands"][0])
+    assert await marking() is False  # committed, but suppose that nobody heard
+    db.do("UPDATE worker_runs SET worker_id = 'worker-1'")  # and back again
+    assert await marking() is False
+    assert db.outcomes() == {"run": "changed_hands"}
+    assert db.status("run") == "running"
+
+
+async def test_a_snapshot_of_a_terminal_run_marks_nothing(
+    db: Database, session: AsyncSession, orphan: WorkerRun
+) -> None:
+    db.do(MOVES["fails"][0])
+    made_up = dataclasses.replace(orphan, status=RunStatus.FAILED)
+    assert await mark_run_as_crashed(session, made_up) is False
+    await session.commit()
+    assert db.outcomes() == {"run": "finished_first"}
 
 
 async def test_a_clock_that_went_backwards_marks_nothing(
