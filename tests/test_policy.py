@@ -90,6 +90,14 @@ async def test_a_refused_connection_is_retried_and_is_an_outage() -> None:
     assert is_outage(error)
 
 
+async def test_the_values_of_a_statement_stay_out_of_its_error(engine: AsyncEngine) -> None:
+    async with engine.connect() as connection:
+        with pytest.raises(DBAPIError) as raised:
+            await connection.execute(text("SELECT no_such_function(:value)"), {"value": "S3cret"})
+    assert "no_such_function" in str(raised.value)
+    assert "S3cret" not in str(raised.value)
+
+
 def test_an_unknown_error_is_not_retried() -> None:
     assert not is_transient(ValueError("a bug"))
     assert not is_transient(psycopg.errors.UndefinedColumn("no such column"))

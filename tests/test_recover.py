@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery import ConfigurationError, recover, recover_orphaned_runs
-from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan
+from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan, retrying
 from orphan_recovery.request import SweepRequest
 from support import Database, free_port
 
@@ -111,6 +111,26 @@ async def test_a_row_that_is_held_too_long_fails_alone_and_is_an_orphan_still(
     assert counts(report) == (5, 4, 0, 1)
     assert "lock timeout" in report["runs"][0]["error"]
     assert counts(await recover_orphaned_runs()) == (1, 1, 0, 0)
+
+
+async def test_a_stricter_default_isolation_costs_no_retry(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under SERIALIZABLE a mark that waited for its row could only fail and be tried again."""
+    no_retries = RetryPlan(retries=0, backoff_factor=0, jitter=0)
+    monkeypatch.setattr(recover, "retrying", lambda: retrying(no_retries))
+    db.do(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation"
+        " = serializable', current_database()); END $$"
+    )
+    [orphan] = db.add_orphans(1)
+    with db.connect() as worker:
+        worker.execute("UPDATE worker_runs SET heartbeat_at = now() WHERE id = %s", [orphan])
+        recovery = asyncio.ensure_future(recover_orphaned_runs())
+        await asyncio.to_thread(db.await_lock_wait)
+        worker.commit()
+    assert counts(await recovery) == (1, 0, 1, 0)
+    assert db.outcomes() == {orphan: "sign_of_life"}
 
 
 async def test_a_connection_that_is_terminated_in_mid_mark_is_retried(
@@ -246,16 +266,24 @@ async def test_runs_that_cannot_be_judged_are_told_loudly(
 
 
 async def test_a_sweep_that_was_killed_is_closed_by_a_later_one(db: Database) -> None:
+    """But not one that began lately, nor one that still gives verdicts."""
     db.add_run("run")
-    for sweep_id, opened in (("1" * 32, "2 hours"), ("2" * 32, "10 minutes")):
+    opened_ago = {"1" * 32: "3 hours", "2" * 32: "2 hours", "3" * 32: "10 minutes"}
+    for sweep_id, opened in opened_ago.items():
         db.do(
             "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
             " threshold, scope, version, opened_at) VALUES (%s, 'default', 'worker_runs', 'test',"
             " 'test', '30 minutes', '{}', '0', now() - %s::interval)",
             *(sweep_id, opened),
         )
+    db.do(
+        "INSERT INTO orphan_recovery.verdicts (sweep_id, run_id, target, outcome, status_seen,"
+        " sign_of_life, evidence, silence, threshold, rule, reason, judged_at) VALUES (%s, 'x',"
+        " 'default', 'marked', 'running', now(), 'age', '1 h', '1 h', 'r', 'r', now())",
+        "2" * 32,
+    )
     await recover_orphaned_runs()
-    assert [sweep["ended_as"] for sweep in db.sweeps()] == ["died", None, "completed"]
+    assert [sweep["ended_as"] for sweep in db.sweeps()] == ["died", None, None, "completed"]
 
 
 async def test_the_events_of_a_recovery_carry_their_fields(

@@ -112,7 +112,7 @@ def sweep(
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
-        from orphan_recovery.summarize import as_table
+        from orphan_recovery.report import as_table
 
         _print_table(as_table(report))
         typer.echo(report.headline())

@@ -29,10 +29,10 @@ from orphan_recovery.detect import detect as detect_orphans
 from orphan_recovery.mark import log_verdict, mark_one
 from orphan_recovery.policy import is_outage, is_transient, retry_plan
 from orphan_recovery.recover import begin, finish, is_enabled, log_detected, log_end, log_start
+from orphan_recovery.report import SweepReport, as_markdown, as_table
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
 from orphan_recovery.runs import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
-from orphan_recovery.summarize import SweepReport, as_markdown, as_table
 from orphan_recovery.verdict import Outcome, Verdict
 
 FLOW_NAME = "recover-orphaned-runs"

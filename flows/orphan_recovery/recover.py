@@ -22,6 +22,7 @@ from orphan_recovery.ledger import close_sweep, open_sweep, require_ledger
 from orphan_recovery.log import logger
 from orphan_recovery.mark import log_verdict, mark, mark_one, settle
 from orphan_recovery.policy import is_outage, retrying
+from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.runs import WorkerRun
 from orphan_recovery.settings import (
@@ -30,7 +31,6 @@ from orphan_recovery.settings import (
     check_threshold,
     load_settings,
 )
-from orphan_recovery.summarize import SweepReport
 from orphan_recovery.verdict import Outcome, Verdict
 
 T = TypeVar("T")

@@ -1,0 +1,231 @@
+"""The report: what one sweep did, for the caller, the log, and an operator.
+
+The hazard is a report that sounds well when it is not: a sweep that was cut off, or that could
+not judge some runs, says so in its headline.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from orphan_recovery.detect import Fleet
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.runs import WorkerRun
+from orphan_recovery.settings import ENABLED_VARIABLE
+from orphan_recovery.verdict import Outcome, Verdict
+
+SHOWN: Final = 1_000
+"""Runs that a report lists at most; the ledger has all."""
+
+
+@dataclass(slots=True)
+class SweepReport:
+    """What one sweep did. Counts are complete; the list of runs is bounded, failures first."""
+
+    request: SweepRequest
+    enabled: bool = True
+    fleet: Fleet | None = None
+    detected: int = 0
+    counts: Counter[Outcome] = field(default_factory=Counter)
+    error: str | None = None
+    """What stopped the sweep before its end."""
+    _verdicts: list[Verdict] = field(default_factory=list)
+    _candidates: list[WorkerRun] = field(default_factory=list)
+
+    def saw(self, runs: list[WorkerRun]) -> None:
+        """Count detected orphans; a dry run, which gives no verdicts, lists them."""
+        self.detected += len(runs)
+        if self.request.dry_run:
+            self._candidates += runs[: SHOWN - len(self._candidates)]
+
+    def judged(self, verdicts: list[Verdict]) -> None:
+        """Count verdicts, and keep those that an operator wants to read first."""
+        for verdict in verdicts:
+            self.counts[verdict.outcome] += 1
+            if len(self._verdicts) < SHOWN or verdict.outcome is Outcome.FAILED:
+                self._verdicts.append(verdict)
+
+    @property
+    def recovered(self) -> int:
+        return self.counts[Outcome.MARKED]
+
+    @property
+    def failed(self) -> int:
+        return self.counts[Outcome.FAILED]
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.counts.values()) - self.recovered - self.failed
+
+    @property
+    def ended_well(self) -> bool:
+        return self.error is None and self.failed == 0
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """At most ``SHOWN``: failures first, then as they were given."""
+        order = sorted(self._verdicts, key=lambda v: v.outcome is not Outcome.FAILED)
+        return order[:SHOWN]
+
+    @property
+    def candidates(self) -> list[WorkerRun]:
+        """What a dry run would have judged, at most ``SHOWN``."""
+        return self._candidates
+
+    def headline(self) -> str:
+        """One line that tells what happened, worst news first."""
+        if not self.enabled:
+            return "recovery is switched off: nothing was read and nothing was marked"
+        minutes = self.request.threshold_minutes
+        threshold = f"{minutes} minute{'' if minutes == 1 else 's'}"
+        if self.request.dry_run:
+            told = f"dry run: {_runs(self.detected)} would be judged, nothing was written"
+        elif self.detected:
+            told = f"{_runs(self.detected)} detected: " + ", ".join(
+                f"{self.counts[outcome]} {_IN_WORDS[outcome]}"
+                for outcome in Outcome
+                if self.counts[outcome]
+            )
+        else:
+            told = "no orphaned run found"
+        told += f" (threshold {threshold}"
+        told += f", {self.fleet.in_flight} in flight)" if self.fleet else ")"
+        if self.error:
+            told = f"stopped before its end: {self.error}; until then {told}"
+        return told + "".join(f"; {warning}" for warning in self.warnings())
+
+    def warnings(self) -> list[str]:
+        """Runs in flight that silence cannot judge, and that a person has to look at."""
+        if self.fleet is None:
+            return []
+        found = []
+        if self.fleet.undatable:
+            found.append(
+                f"{self.fleet.undatable} in flight without any sign of life "
+                "(created_at, started_at and heartbeat_at are all empty) cannot be judged"
+            )
+        if self.fleet.ahead:
+            workers = ", ".join(self.fleet.ahead_workers) or "no worker named"
+            found.append(
+                f"{self.fleet.ahead} in flight with a sign of life in the database's future "
+                f"cannot be judged; check the clock of {workers}, and let workers beat with now()"
+            )
+        return found
+
+    def next_steps(self) -> list[str]:
+        """What is left for a person to do; empty if nothing is."""
+        steps = []
+        if not self.enabled:
+            steps.append(f"Recovery is off by {ENABLED_VARIABLE}; unset it to switch it on.")
+        if self.error:
+            steps.append(
+                "The sweep did not come to its end. What it marked stands; what it left is "
+                "detected again by the next one. See to the cause named above, then run it again."
+            )
+        if self.failed:
+            steps.append(
+                f"{self.failed} could not be marked and are orphans still. Each says why below "
+                "`error`, in the verdicts table and in the ledger. A cause that stays (a trigger, "
+                "a permission) fails again at the next sweep until it is mended."
+            )
+        steps += [warning[0].upper() + warning[1:] + "." for warning in self.warnings()]
+        return steps
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for the contract's edge: plain values, ready for JSON."""
+        listed = self.candidates if self.request.dry_run else self.verdicts
+        return {
+            "enabled": self.enabled,
+            "dry_run": self.request.dry_run,
+            "sweep_id": str(self.request.sweep_id),
+            "threshold_minutes": self.request.threshold_minutes,
+            "detected": self.detected,
+            "recovered": self.recovered,
+            "skipped": self.skipped,
+            "failed": self.failed,
+            "outcomes": {outcome.value: self.counts[outcome] for outcome in Outcome},
+            "in_flight": self.fleet.in_flight if self.fleet else None,
+            "undatable": self.fleet.undatable if self.fleet else None,
+            "ahead": self.fleet.ahead if self.fleet else None,
+            "runs": [_entry(item) for item in listed],
+            "error": self.error,
+            "message": self.headline(),
+        }
+
+
+def as_table(report: SweepReport, rows: int = 200) -> list[dict[str, str]]:
+    """One row a run, failures first, for people: at most ``rows``, every cell a text."""
+    entries = report.as_dict()["runs"]
+    return [
+        {
+            "run": entry["run_id"],
+            "outcome": entry["outcome"] or "would be judged",
+            "worker": entry["worker_id"] or "",
+            "tenant": entry["tenant_id"] or "",
+            "last sign of life": entry["sign_of_life"],
+            "evidence": entry["evidence"],
+            "silence": str(timedelta(seconds=entry["silence_seconds"])),
+            "found instead, or error": entry["error"] or _found(entry["found"]),
+        }
+        for entry in entries[:rows]
+    ]
+
+
+def as_markdown(report: SweepReport) -> str:
+    """What happened, what was done, what was not dared, and what to do next."""
+    request = report.request
+    lines = ["# Orphan recovery", "", report.headline() + ".", ""]
+    lines += [f"- sweep `{request.sweep_id}`, asked for by {request.asked_by}"]
+    lines += [f"- {name}: `{value}`" for name, value in request.scope.items()]
+    if report.detected and not request.dry_run:
+        lines += ["", "| outcome | runs |", "|---|---|"]
+        lines += [f"| {o.value} | {report.counts[o]} |" for o in Outcome if report.counts[o]]
+    steps = report.next_steps()
+    if steps:
+        lines += ["", "## What to do next", "", *(f"- {step}" for step in steps)]
+    return "\n".join(lines) + "\n"
+
+
+_IN_WORDS: Final = {
+    Outcome.FAILED: "FAILED",
+    Outcome.MARKED: "marked crashed",
+    Outcome.ALREADY_MARKED: "already marked by another sweep",
+    Outcome.FINISHED_FIRST: "finished first",
+    Outcome.SIGN_OF_LIFE: "gave a sign of life",
+    Outcome.CHANGED_HANDS: "changed hands",
+    Outcome.VANISHED: "vanished",
+}
+
+
+def iso(instant: datetime) -> str:
+    """An aware time as text, in UTC and to the second."""
+    return instant.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _runs(count: int) -> str:
+    return f"{count} orphaned run{'' if count == 1 else 's'}"
+
+
+def _found(found: dict[str, Any] | None) -> str:
+    if not found:
+        return ""
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
+
+
+def _entry(item: Verdict | WorkerRun) -> dict[str, Any]:
+    verdict = item if isinstance(item, Verdict) else None
+    run = item.run if isinstance(item, Verdict) else item
+    silence = verdict.silence if verdict and verdict.silence is not None else run.silence
+    return {
+        "run_id": run.id,
+        "worker_id": run.worker_id,
+        "tenant_id": run.tenant_id,
+        "task": run.task,
+        "outcome": verdict.outcome.value if verdict else None,
+        "sign_of_life": iso(run.sign_of_life),
+        "evidence": run.evidence.value,
+        "silence_seconds": round(silence.total_seconds()),
+        "found": verdict.found if verdict else None,
+        "error": verdict.error if verdict else None,
+    }
