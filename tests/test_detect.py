@@ -185,6 +185,24 @@ async def test_the_partial_index_serves_detection(db: Database, engine: AsyncEng
     assert "Seq Scan" not in plan
 
 
+async def test_a_generic_plan_can_use_the_index_too(db: Database, engine: AsyncEngine) -> None:
+    """A caller's engine may prepare statements: then only literals match the index's predicate."""
+    request = SweepRequest(threshold_minutes=30, asked_by="test")
+    async with engine.connect() as connection:
+        statement = orphans(await runs_table(connection), request).compile(dialect=engine.dialect)
+        await connection.execute(text("SET plan_cache_mode = force_generic_plan"))
+        await connection.execute(text("SET enable_seqscan = off"))
+        numbers = {name: f"${n}" for n, name in enumerate(statement.params, 1)}
+        for name, value in statement.params.items():
+            kind = "interval" if isinstance(value, timedelta) else "text"
+            numbers[name] += f"::{kind}"
+        prepared = re.sub(r"%\((\w+)\)s", lambda found: numbers[found[1]], str(statement))
+        await connection.exec_driver_sql(f"PREPARE detection AS {prepared}")
+        values = ", ".join("NULL" for _ in statement.params)
+        plan = "\n".join(await connection.scalars(text(f"EXPLAIN EXECUTE detection({values})")))
+    assert "worker_runs_in_flight" in plan
+
+
 @pytest.mark.parametrize("threshold", [0, -5, "abc", True, 1.5, 10**9])
 async def test_a_bad_threshold_is_refused_by_name(session: AsyncSession, threshold: object) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(f"threshold_minutes is {threshold!r}")):

@@ -114,7 +114,7 @@ async def test_a_row_that_is_held_too_long_fails_alone_and_is_an_orphan_still(
 
 
 async def test_a_stricter_default_isolation_costs_no_retry(
-    db: Database, monkeypatch: pytest.MonkeyPatch
+    db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Under SERIALIZABLE a mark that waited for its row could only fail and be tried again."""
     no_retries = RetryPlan(retries=0, backoff_factor=0, jitter=0)
@@ -131,6 +131,7 @@ async def test_a_stricter_default_isolation_costs_no_retry(
         worker.commit()
     assert counts(await recovery) == (1, 0, 1, 0)
     assert db.outcomes() == {orphan: "sign_of_life"}
+    assert "failed_to_mark_orphan_crashed" not in caplog.messages
 
 
 async def test_a_connection_that_is_terminated_in_mid_mark_is_retried(
