@@ -9,11 +9,14 @@ import json
 import logging
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
@@ -48,8 +51,18 @@ Reason = Annotated[str, typer.Option(help="What the error text of each marked ru
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"orphan-recovery {version('orphan-recovery')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show each event on standard error.")
     ] = False,
@@ -132,8 +145,12 @@ def summary(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(told, indent=2))
         return
-    _print_table([{k: v or "" for k, v in row.items()} for row in told["recent_crashes"]])
-    typer.echo(f"{told['total_crashed']} crashed in all")
+    for crash in told["recent_crashes"]:
+        held = f"worker {crash['worker_id'] or '(none)'}, tenant {crash['tenant_id'] or '(none)'}"
+        typer.echo(f"{crash['crashed_at'] or '(no time)'}  {crash['run_id']}  ({held})")
+        typer.echo(f"    {crash['error'] or '(no error text)'}")
+    more = ", the newest ten above" if told["total_crashed"] > 10 else ""
+    typer.echo(f"{told['total_crashed']} crashed in all{more}")
 
 
 @app.command()
@@ -218,10 +235,14 @@ def _fail(message: str, *, code: int) -> NoReturn:
 
 
 def _print_table(rows: list[dict[str, str]]) -> None:
+    """Nothing is cut off, in a pipe nothing is wrapped, and a column with nothing in it goes."""
     if not rows:
         return
-    console = Console()
-    table = Table(*rows[0], highlight=False)
+    filled = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in filled:
+        short = name in ("outcome", "last sign of life", "silence")
+        table.add_column(name, overflow="fold", no_wrap=short)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row.values()))
-    console.print(table)
+        table.add_row(*(Text(row[name]) for name in filled))  # text: no markup of a run's own
+    Console(width=None if sys.stdout.isatty() else 1_000).print(table)
