@@ -77,14 +77,14 @@ class SweepFailed(RuntimeError):  # noqa: N818 - named for what an operator read
         self.report = report.as_dict()
 
 
-@task(name="open-sweep", **_RETRIED)
+@task(name="open-sweep", task_run_name="open-sweep", **_RETRIED)
 async def open_sweep(engine: AsyncEngine, request: SweepRequest) -> Fleet:
     """Record that the sweep begins, and look at all that is in flight."""
     async with _transaction(engine) as connection:
         return await begin(connection, request)
 
 
-@task(name="detect", **_RETRIED)
+@task(name="detect", task_run_name="detect", **_RETRIED)
 async def detect(engine: AsyncEngine, request: SweepRequest) -> list[WorkerRun]:
     """Find the orphans; reads only."""
     async with _transaction(engine) as connection:
@@ -109,7 +109,7 @@ async def mark(engine: AsyncEngine, run: WorkerRun, reason: str) -> Verdict:
     return verdict
 
 
-@task(name="summarise", **_RETRIED)
+@task(name="summarise", task_run_name="summarise", **_RETRIED)
 async def summarise(
     engine: AsyncEngine, report: SweepReport, failed: list[Verdict]
 ) -> list[Verdict]:
@@ -138,9 +138,9 @@ async def recover_orphaned_runs(
         threshold_minutes: Minutes of silence that make a run an orphan, at least 1. Keep it
             above three heartbeats; for runs that do not beat, above the longest honest run.
         dry_run: Only look: list what would be judged and write nothing at all.
-        tenant: Only runs of this tenant. Leave empty for all.
-        worker: Only runs held by this worker. Leave empty for all.
-        limit: Judge at most so many runs, longest silence first. Leave empty for no limit.
+        tenant: Only runs of this tenant. Leave at None for all.
+        worker: Only runs held by this worker. Leave at None for all.
+        limit: Judge at most so many runs, longest silence first. Leave at None for no limit.
         reason: What the error text of each marked run begins with.
     """
     request = SweepRequest(

@@ -125,9 +125,9 @@ class SweepReport:
             )
         if self.failed:
             steps.append(
-                f"{self.failed} could not be marked and are orphans still. Each says why below "
-                "`error`, in the verdicts table and in the ledger. A cause that stays (a trigger, "
-                "a permission) fails again at the next sweep until it is mended."
+                f"{self.failed} could not be marked, and stay orphans: the table of verdicts and "
+                "the ledger say why, run by run. The next sweep tries again; a cause that stays "
+                "(a trigger, a permission) fails again until it is mended."
             )
         steps += [warning[0].upper() + warning[1:] + "." for warning in self.warnings()]
         return steps
@@ -177,10 +177,15 @@ def as_markdown(report: SweepReport) -> str:
     request = report.request
     lines = ["# Orphan recovery", "", report.headline() + ".", ""]
     lines += [f"- sweep `{request.sweep_id}`, asked for by {request.asked_by}"]
-    lines += [f"- {name}: `{value}`" for name, value in request.scope.items()]
+    lines += [f"- {name}: {_code(str(value))}" for name, value in request.scope.items()]
     if report.detected and not request.dry_run:
         lines += ["", "| outcome | runs |", "|---|---|"]
         lines += [f"| {o.value} | {report.counts[o]} |" for o in Outcome if report.counts[o]]
+    left = [verdict for verdict in report.verdicts if verdict.outcome is not Outcome.MARKED]
+    if left:
+        lines += ["", "## What was not marked", ""]
+        lines += [f"- {_code(v.run.id)} {v.outcome.value}: {_code(_why(v))}" for v in left[:10]]
+        lines += [f"- … and {len(left) - 10} more, in the ledger"] if len(left) > 10 else []
     steps = report.next_steps()
     if steps:
         lines += ["", "## What to do next", "", *(f"- {step}" for step in steps)]
@@ -205,6 +210,15 @@ def iso(instant: datetime) -> str:
 
 def _runs(count: int) -> str:
     return f"{count} orphaned run{'' if count == 1 else 's'}"
+
+
+def _why(verdict: Verdict) -> str:
+    return verdict.error or _found(verdict.found) or "no such row"
+
+
+def _code(text: str) -> str:
+    """As code in Markdown, so that nothing in a run's own text is taken for markup."""
+    return "`" + text.replace("`", "'").replace("\n", " ") + "`"
 
 
 def _found(found: dict[str, Any] | None) -> str:
