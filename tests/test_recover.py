@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import signal
+import sys
 from typing import Any
 
 import pytest
@@ -149,6 +151,27 @@ async def test_a_connection_that_is_terminated_in_mid_mark_is_retried(
     report = await recovery
     assert (report["error"], counts(report)) == (None, (1, 1, 0, 0))
     assert db.outcomes() == {orphan: "marked"}
+
+
+async def test_a_sweep_killed_in_mid_mark_loses_nothing_and_marks_nothing_twice(
+    db: Database,
+) -> None:
+    orphans = db.add_orphans(5)
+    with db.connect() as worker:
+        worker.execute("SELECT 1 FROM worker_runs WHERE id = %s FOR UPDATE", [orphans[0]])
+        code = (
+            "import asyncio, orphan_recovery; asyncio.run(orphan_recovery.recover_orphaned_runs())"
+        )
+        sweep = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+        await asyncio.to_thread(db.await_lock_wait)
+        sweep.kill()
+        assert await sweep.wait() == -signal.SIGKILL
+    assert db.status(orphans[0]) == "running"
+    report = await recover_orphaned_runs()
+    assert (report["error"], counts(report)) == (None, (1, 1, 0, 0))
+    assert [verdict["outcome"] for verdict in db.verdicts()] == ["marked"] * 5
+    assert sorted(db.outcomes()) == orphans
+    assert [sweep["ended_as"] for sweep in db.sweeps()] == [None, "completed"]
 
 
 async def test_a_permanent_error_is_not_retried(db: Database) -> None:
