@@ -7,12 +7,14 @@ where to look: the address of the flow run is told first, and only a Completed e
 import asyncio
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import httpx
 from prefect import aserve, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import get_current_settings
@@ -25,6 +27,7 @@ from orphan_recovery.settings import ConfigurationError
 SCHEDULED: Final = "scheduled"
 ON_DEMAND: Final = "on-demand"
 EVERY: Final = timedelta(minutes=5)
+ANCHOR: Final = datetime(2026, 1, 1, tzinfo=UTC)
 POLL_SECONDS: Final = 2.0
 
 
@@ -41,7 +44,14 @@ async def serve_deployments() -> None:
     }
     scheduled = await recover_orphaned_runs.ato_deployment(
         name=SCHEDULED,
-        interval=EVERY,
+        # A fixed anchor and a slug: a restart neither puts the next sweep off nor wakes a
+        # schedule that a person paused.
+        schedules=[
+            DeploymentScheduleCreate(
+                slug="every-five-minutes",
+                schedule=IntervalSchedule(interval=EVERY, anchor_date=ANCHOR),
+            )
+        ],
         # A second sweep beside a first is harmless but of no use: it is not piled up.
         concurrency_limit=ConcurrencyLimitConfig(
             limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW

@@ -1,0 +1,180 @@
+"""What a real Prefect server recorded, read back over its API, and processes that talk to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from prefect.client.schemas.objects import State
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessWorker
+
+from orphan_recovery.flow import FLOW_NAME, recover_orphaned_runs
+from support import until
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
+
+
+class Api:
+    """A Prefect server's HTTP API, as any client sees it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @asynccontextmanager
+    async def used(self) -> AsyncIterator[None]:
+        """Flows called within run against this server, and have told it all at the end."""
+        with temporary_settings({PREFECT_API_URL: self.url}):
+            try:
+                yield
+            finally:
+                await APILogHandler.aflush()
+                await cast("Awaitable[None]", EventsWorker.drain_all())
+
+    def call(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        for _ in range(60):
+            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=60)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(0.5)  # its own database is busy; Prefect's clients wait and ask again too
+        return answer
+
+    def get(self, path: str) -> Any:
+        return self.call("GET", path).raise_for_status().json()
+
+    def find(self, kind: str, **body: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (
+            self.call("POST", f"/{kind}/filter", body).raise_for_status().json()
+        )
+        return found
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        deployment: dict[str, Any] = self.get(f"/deployments/name/{FLOW_NAME}/{name}")
+        return deployment
+
+    def forget_deployments(self) -> None:
+        """Leave this server without deployments of the flow and without work pools."""
+        for deployment in self.find("deployments"):
+            self.call("DELETE", f"/deployments/{deployment['id']}").raise_for_status()
+        for pool in self.find("work_pools"):
+            self.call("DELETE", f"/work_pools/{pool['name']}").raise_for_status()
+
+    def start(self, name: str, **parameters: Any) -> httpx.Response:
+        """Ask for a flow run of a deployment now, as the UI does."""
+        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
+        return self.call("POST", path, {"parameters": parameters})
+
+    def flow_run(self, flow_run_id: Any) -> dict[str, Any]:
+        run: dict[str, Any] = self.get(f"/flow_runs/{flow_run_id}")
+        return run
+
+    def await_state(self, flow_run_id: Any, *types: str, seconds: float = 120) -> dict[str, Any]:
+        """The flow run once it has entered one of these types of state."""
+        until(
+            lambda: self.flow_run(flow_run_id)["state_type"] in types,
+            f"flow run {flow_run_id} to be {' or '.join(types)}",
+            seconds,
+        )
+        return self.flow_run(flow_run_id)
+
+    def task_runs(self, flow_run_id: Any) -> dict[str, dict[str, Any]]:
+        """The task runs of a flow run by name, once the records of all of them have arrived.
+
+        The server records them a moment late; the one that closes the sweep is the last.
+        """
+        mine = {"flow_runs": {"id": {"any_": [str(flow_run_id)]}}, "limit": 200}
+
+        def settled() -> bool:
+            runs = self.find("task_runs", **mine)
+            ended = all(run["state_type"] in FINAL for run in runs)
+            return ended and any(run["name"] == "summarise" for run in runs)
+
+        until(settled, f"the task runs of flow run {flow_run_id}")
+        return {run["name"]: run for run in self.find("task_runs", **mine)}
+
+    def artifacts(self, flow_run_id: Any) -> dict[str, dict[str, Any]]:
+        """The artifacts of a flow run by key."""
+        mine = {"flow_run_id": {"any_": [str(flow_run_id)]}}
+        return {artifact["key"]: artifact for artifact in self.find("artifacts", artifacts=mine)}
+
+    def logs(self, flow_run_id: Any) -> list[str]:
+        mine = {"flow_run_id": {"any_": [str(flow_run_id)]}}
+        return [log["message"] for log in self.find("logs", logs=mine)]
+
+
+async def sweep(api: Api, **parameters: Any) -> State[Any]:
+    """Run the flow in this process to its final state."""
+    async with api.used():
+        state: State[Any] = await recover_orphaned_runs(**parameters, return_state=True)
+    return state
+
+
+def flow_run_of(state: State[Any]) -> Any:
+    """The id of the flow run that ended in ``state``."""
+    return state.state_details.flow_run_id
+
+
+def marks(task_runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of the task runs that marked an orphan, by the orphan's id."""
+    return {n.removeprefix("mark-"): run for n, run in task_runs.items() if n.startswith("mark-")}
+
+
+def client_of(prefect_api: str, home: Path) -> dict[str, str]:
+    """The environment of a process that talks to this server, and to no other."""
+    return {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1"}
+
+
+def deploy(client: dict[str, str]) -> None:
+    """Deploy prefect.yaml, to a work pool named process."""
+    template = ProcessWorker.get_default_base_job_template()
+    pool = {"name": "process", "type": "process", "base_job_template": template}
+    answer = Api(client["PREFECT_API_URL"]).call("POST", "/work_pools/", pool)
+    assert answer.status_code in (201, 409), answer.text  # made, or there already
+    done = run("prefect", "--no-prompt", "deploy", "--all", **client)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of this environment, run from the checkout's root to its end."""
+    return subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "400", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+
+
+@contextmanager
+def process(*command: str, log: Path, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A long-lived command of this environment in a process group of its own, ended for sure."""
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            [str(BIN / command[0]), *command[1:]],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        yield started
+    finally:
+        for number, patience in ((signal.SIGINT, 20), (signal.SIGKILL, 20)):
+            try:
+                os.killpg(started.pid, number)
+                started.wait(patience)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue

@@ -1,0 +1,174 @@
+"""The alarms of deployments/automation.yaml, created on a real server, which is seen to act."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from prefect import flow
+
+from orphan_recovery.flow import FLOW_NAME
+from prefect_support import ROOT, Api, client_of, flow_run_of, run, sweep
+from support import Database, until
+
+FILE = ROOT / "deployments" / "automation.yaml"
+SILENT = "orphan-recovery has not succeeded for 15 minutes"
+FAILED = "orphan-recovery failed"
+DIED = "orphan-recovery died in mid-sweep"
+CONTROL = "the same alarm about a flow that never runs"
+
+
+def written() -> dict[str, dict[str, Any]]:
+    """The automations of the file by name."""
+    return {one["name"]: one for one in yaml.safe_load(FILE.read_text())["automations"]}
+
+
+@pytest.fixture(scope="module")
+def api(prefect_api: str) -> Iterator[Api]:
+    """A server without automations and deployments, at first."""
+    api = Api(prefect_api)
+    api.forget_deployments()
+    yield api
+    api.forget_deployments()
+    for automation in api.find("automations"):
+        api.call("DELETE", f"/automations/{automation['id']}").raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def as_written(api: Api, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The automations, created by the command in the file's head."""
+    client = client_of(api.url, tmp_path_factory.mktemp("client"))
+    done = run("prefect", "automation", "create", "--from-file", str(FILE), **client)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="module")
+def impatient(api: Api) -> None:
+    """The alarms about silence once more, after ten seconds: the least that Prefect allows."""
+    for name, automation in written().items():
+        if name != FAILED:
+            automation["trigger"]["within"] = 10
+            api.call("POST", "/automations/", automation).raise_for_status()
+    control = written()[SILENT]
+    control["name"] = CONTROL
+    control["trigger"]["within"] = 10
+    control["trigger"]["match_related"][0]["prefect.resource.name"] = "a flow that never runs"
+    api.call("POST", "/automations/", control).raise_for_status()
+
+
+def test_every_key_of_the_file_takes_effect(api: Api, as_written: None) -> None:
+    created = {one["name"]: one for one in api.find("automations")}
+    for name, asked in written().items():
+        told = created[name]
+        assert told["enabled"] is True
+        for key in ("expect", "after", "for_each"):
+            told["trigger"][key].sort()
+            if key in asked["trigger"]:
+                asked["trigger"][key].sort()
+        assert told["trigger"] | asked.pop("trigger") == told["trigger"]
+        for action, told_action in zip(asked.pop("actions"), told["actions"], strict=True):
+            assert told_action | action == told_action
+        assert told | asked == told
+
+
+async def test_a_failed_sweep_raises_the_alarm_and_another_flow_does_not(
+    db: Database, prefect: str, api: Api, as_written: None
+) -> None:
+    async with api.used():
+        other = await somebody_elses(return_state=True)
+    assert other.is_failed()
+    [poisoned] = db.add_orphans(1)
+    db.poison(poisoned)
+    messages: dict[str, str | None] = {}
+    for _ in range(5):  # a server on its small default database may lose an event, or repeat it
+        state = await sweep(api)
+        assert state.is_failed()
+        messages[f"prefect.flow-run.{flow_run_of(state)}"] = state.message
+        if await asyncio.to_thread(goes_off, api, FAILED, seconds=15):
+            break
+    assert alarms(api, FAILED)
+    for alarm in alarms(api, FAILED):
+        about = alarm["payload"]["triggering_event"]["resource"]
+        assert about["prefect.state-message"] == messages[about["prefect.resource.id"]]
+    assert alarms(api, DIED) == []
+
+
+@flow(name="somebody-elses")
+async def somebody_elses() -> None:
+    raise RuntimeError("none of our business")
+
+
+def test_silence_is_noticed_and_completed_scheduled_sweeps_are_not_silence(
+    api: Api, impatient: None
+) -> None:
+    deployment = deployed_by_hand(api)
+    died = started(api, deployment)
+    beat(api, died)  # once, and never again
+
+    def control_went_off() -> bool:
+        set_state(api, started(api, deployment), "COMPLETED")
+        time.sleep(1)  # as often as that, and no more: the server's own database is a small one
+        return bool(alarms(api, CONTROL))
+
+    until(control_went_off, "the alarm about silence")
+    assert alarms(api, SILENT) == []
+
+    ended = api.await_state(died["id"], "CRASHED")
+    assert "No heartbeat" in ended["state"]["message"]
+
+
+def goes_off(api: Api, name: str, *, seconds: float) -> bool:
+    give_up_at = time.monotonic() + seconds
+    while time.monotonic() < give_up_at and not alarms(api, name):
+        time.sleep(0.2)
+    return bool(alarms(api, name))
+
+
+def alarms(api: Api, name: str) -> list[dict[str, Any]]:
+    """The times that an automation of this name went off."""
+    body = {"filter": {"event": {"name": ["prefect.automation.triggered"]}}, "limit": 50}
+    answer = api.call("POST", "/events/filter", body).raise_for_status()
+    events: list[dict[str, Any]] = answer.json()["events"]
+    return [e for e in events if e["resource"]["prefect.resource.name"] == name]
+
+
+def deployed_by_hand(api: Api) -> dict[str, Any]:
+    flow_id = api.call("POST", "/flows/", {"name": FLOW_NAME}).raise_for_status().json()["id"]
+    body = {"name": "scheduled", "flow_id": flow_id}
+    made: dict[str, Any] = api.call("POST", "/deployments/", body).raise_for_status().json()
+    return made
+
+
+def started(api: Api, deployment: dict[str, Any]) -> dict[str, Any]:
+    path = f"/deployments/{deployment['id']}/create_flow_run"
+    made: dict[str, Any] = api.call("POST", path, {}).raise_for_status().json()
+    set_state(api, made, "RUNNING")
+    return made
+
+
+def set_state(api: Api, flow_run: dict[str, Any], kind: str) -> None:
+    body = {"state": {"type": kind}, "force": True}
+    api.call("POST", f"/flow_runs/{flow_run['id']}/set_state", body).raise_for_status()
+
+
+def beat(api: Api, flow_run: dict[str, Any]) -> None:
+    """What a flow run's process emits while it lives."""
+    related = {
+        "prefect.resource.id": f"prefect.flow.{flow_run['flow_id']}",
+        "prefect.resource.role": "flow",
+        "prefect.resource.name": FLOW_NAME,
+    }
+    event = {
+        "id": str(uuid.uuid4()),
+        "event": "prefect.flow-run.heartbeat",
+        "occurred": datetime.now(UTC).isoformat(),
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{flow_run['id']}"},
+        "related": [related],
+        "payload": {},
+    }
+    answer = api.call("POST", "/events", [event])
+    answer.raise_for_status()

@@ -1,0 +1,238 @@
+"""The flow, run against a real Prefect server, which is then asked what it saw."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url
+
+from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
+from prefect_support import Api, flow_run_of, marks, sweep
+from support import Database, until
+
+
+@pytest.fixture
+def api(prefect: str) -> Api:
+    return Api(prefect)
+
+
+async def test_a_sweep_that_finds_nothing_completes_and_says_so(db: Database, api: Api) -> None:
+    db.add_run("alive", age="3 hours", beat="1 minute")
+    state = await sweep(api)
+    assert state.is_completed()
+    assert state.message == "no orphaned run found (threshold 30 minutes, 1 in flight)"
+    assert db.status("alive") == "running"
+    assert marks(api.task_runs(flow_run_of(state))) == {}
+
+
+async def test_each_orphan_has_a_task_run_of_its_own(db: Database, api: Api) -> None:
+    orphans = db.add_orphans(12)
+    db.add_run("alive", age="1 minute")
+    state = await sweep(api)
+    assert state.is_completed()
+    assert state.message == (
+        "12 orphaned runs detected: 12 marked crashed (threshold 30 minutes, 13 in flight)"
+    )
+    task_runs = api.task_runs(flow_run_of(state))
+    assert sorted(marks(task_runs)) == orphans
+    assert {run["state_type"] for run in task_runs.values()} == {"COMPLETED"}
+    assert len(task_runs) == len(orphans) + 3  # open-sweep, detect, summarise
+    assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
+
+
+async def test_the_ledger_names_the_flow_run_that_asked(db: Database, api: Api) -> None:
+    state = await sweep(api, reason="node lost")
+    run = api.flow_run(flow_run_of(state))
+    [asked] = db.sweeps()
+    assert asked["asked_by"] == f"flow run {run['name']} ({run['id']}), started by hand"
+    assert (asked["reason"], asked["ended_as"]) == ("node lost", "completed")
+
+
+async def test_a_poisoned_row_fails_its_own_task_run_and_no_other(db: Database, api: Api) -> None:
+    *others, poisoned = db.add_orphans(9)
+    db.poison(poisoned)
+    state = await sweep(api)
+    assert state.is_failed()
+    assert state.message is not None
+    assert state.message.startswith("9 orphaned runs detected: 8 marked crashed, 1 FAILED")
+    by_run = marks(api.task_runs(flow_run_of(state)))
+    assert sorted(by_run) == [*others, poisoned]
+    assert {by_run[run]["state_type"] for run in others} == {"COMPLETED"}
+    assert by_run[poisoned]["state_type"] == "FAILED"
+    assert "poisoned row" in by_run[poisoned]["state"]["message"]
+    assert by_run[poisoned]["run_count"] == 1  # it fails again however often it is tried
+    assert db.statuses() == {**dict.fromkeys(others, "crashed"), poisoned: "running"}
+    [verdict] = [v for v in db.verdicts() if v["outcome"] != "marked"]
+    assert (verdict["run_id"], verdict["outcome"]) == (poisoned, "failed")
+    assert f"poisoned row {poisoned}" in verdict["error"]
+    [told] = db.sweeps()
+    assert (told["ended_as"], told["marked"], told["failed"]) == ("failed", 8, 1)
+
+
+async def test_a_direct_call_of_a_failed_sweep_raises_with_its_report(
+    db: Database, api: Api
+) -> None:
+    poisoned, other = db.add_orphans(2)
+    db.poison(poisoned)
+    async with api.used():
+        with pytest.raises(SweepFailed) as caught:
+            await recover_orphaned_runs()
+    report = caught.value.report
+    assert (report["detected"], report["recovered"], report["failed"]) == (2, 1, 1)
+    assert [(r["run_id"], r["outcome"]) for r in report["runs"]] == [
+        (poisoned, "failed"),
+        (other, "marked"),
+    ]
+    assert str(caught.value) == report["message"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"threshold_minutes": 0},
+        {"threshold_minutes": -5},
+        {"threshold_minutes": "abc"},
+        {"worker": ""},
+        {"tenant": ""},
+        {"limit": 0},
+        {"reason": ""},
+    ],
+    ids=str,
+)
+async def test_a_value_that_cannot_be_meant_is_refused_before_anything_runs(
+    db: Database, api: Api, bad: dict[str, Any]
+) -> None:
+    [orphan] = db.add_orphans(1)
+    state = await sweep(api, **bad)
+    assert state.is_failed()
+    assert next(iter(bad)) in (state.message or "")
+    assert db.status(orphan) == "running"
+    assert db.sweeps() == []
+    recorded = api.flow_run(flow_run_of(state))
+    assert recorded["state_type"] == "FAILED"
+    mine = {"flow_runs": {"id": {"any_": [recorded["id"]]}}}
+    assert api.find("task_runs", **mine) == []
+
+
+async def test_a_dry_run_lists_the_orphans_and_writes_nothing(db: Database, api: Api) -> None:
+    orphans = db.add_orphans(3)
+    state = await sweep(api, dry_run=True)
+    assert state.is_completed()
+    assert (state.message or "").startswith(
+        "dry run: 3 orphaned runs would be judged, nothing was written"
+    )
+    assert set(db.statuses().values()) == {"running"}
+    assert (db.sweeps(), db.verdicts()) == ([], [])
+    assert marks(api.task_runs(flow_run_of(state))) == {}
+    table = json.loads(api.artifacts(flow_run_of(state))["orphan-recovery-verdicts"]["data"])
+    assert [(row["run"], row["outcome"]) for row in table] == [
+        (orphan, "would be judged") for orphan in orphans
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scope", "within"),
+    [
+        ({"tenant": "t1"}, {"a", "b", "c"}),
+        ({"worker": "w1"}, {"a", "b", "d"}),
+        ({"tenant": "t1", "worker": "w1"}, {"a", "b"}),
+        ({"limit": 2}, {"a", "b"}),
+        ({"tenant": "t1", "worker": "w1", "limit": 1}, {"a"}),
+        ({"threshold_minutes": 150}, {"a", "b", "c"}),
+    ],
+    ids=str,
+)
+async def test_the_scope_narrows_what_is_judged(
+    db: Database, api: Api, scope: dict[str, Any], within: set[str]
+) -> None:
+    db.add_run("a", tenant="t1", worker="w1", age="5 hours")
+    db.add_run("b", tenant="t1", worker="w1", age="4 hours")
+    db.add_run("c", tenant="t1", worker="w2", age="3 hours")
+    db.add_run("d", tenant="t2", worker="w1", age="2 hours")
+    state = await sweep(api, **scope)
+    assert state.is_completed()
+    assert {run for run, status in db.statuses().items() if status == "crashed"} == within
+    asked = {name: value for name, value in scope.items() if name != "threshold_minutes"}
+    assert db.sweeps()[0]["scope"] == asked
+
+
+async def test_the_artifacts_tell_what_happened(db: Database, api: Api) -> None:
+    marked, poisoned = db.add_orphans(2)
+    db.poison(poisoned)
+    state = await sweep(api, limit=5)
+    artifacts = api.artifacts(flow_run_of(state))
+    assert set(artifacts) == {"orphan-recovery-verdicts", "orphan-recovery-summary"}
+
+    first, second = json.loads(artifacts["orphan-recovery-verdicts"]["data"])
+    assert (first["run"], first["outcome"]) == (poisoned, "failed")  # worst news first
+    assert "poisoned row" in first["found instead, or error"]
+    assert (second["run"], second["outcome"], second["worker"]) == (marked, "marked", "worker-1")
+    assert (second["evidence"], second["found instead, or error"]) == ("age", "")
+    assert artifacts["orphan-recovery-verdicts"]["description"] == state.message
+
+    summary = artifacts["orphan-recovery-summary"]["data"]
+    assert state.message in summary
+    assert str(db.sweeps()[0]["sweep_id"]) in summary
+    assert "- limit: `5`" in summary
+    assert "| marked | 1 |" in summary
+    assert "| failed | 1 |" in summary
+    assert "What to do next" in summary
+
+
+async def test_no_password_reaches_the_ui_or_the_ledger(
+    db: Database, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that of the database nor one that the database's own error quotes."""
+    [orphan] = db.add_orphans(1)
+    db.poison(orphan)
+    db.do(
+        "CREATE OR REPLACE FUNCTION poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'cannot reach postgresql://app:quoted-secret@replica/app'; END $$"
+    )
+    url = make_url(db.url)
+    secret = url.password or "secret-of-our-own"  # where the server asks for none, any will do
+    address = url.set(password=secret).render_as_string(hide_password=False)
+    monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", address)
+    state = await sweep(api)
+    assert state.is_failed()
+    run_id = flow_run_of(state)
+    until(lambda: any("FAILED" in line for line in api.logs(run_id)), "the flow run's logs")
+    shown = json.dumps(
+        [api.flow_run(run_id), api.task_runs(run_id), api.artifacts(run_id), api.logs(run_id)]
+    )
+    kept = json.dumps([db.sweeps(), db.verdicts()], default=str)
+    assert "cannot reach postgresql://app:***@replica/app" in shown
+    assert "cannot reach postgresql://app:***@replica/app" in kept
+    assert "quoted-secret" not in shown + kept
+    assert secret not in shown + kept
+
+
+async def test_recovery_that_is_switched_off_touches_nothing(
+    db: Database, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [orphan] = db.add_orphans(1)
+    monkeypatch.setenv("ORPHAN_RECOVERY_ENABLED", "false")
+    state = await sweep(api)
+    assert state.is_completed()
+    assert state.message == ("recovery is switched off: nothing was read and nothing was marked")
+    assert db.status(orphan) == "running"
+    assert db.sweeps() == []
+
+
+async def test_a_run_that_finishes_while_its_task_waits_is_left_alone(
+    db: Database, api: Api
+) -> None:
+    finishing, other = db.add_orphans(2)
+    with db.connect() as worker:
+        worker.execute(
+            "UPDATE worker_runs SET status = 'completed', success = true WHERE id = %s",
+            (finishing,),
+        )
+        sweeping = asyncio.create_task(sweep(api))
+        await asyncio.to_thread(db.await_lock_wait)
+    state = await sweeping
+    assert state.is_completed()
+    assert "1 marked crashed, 1 finished first" in (state.message or "")
+    assert db.statuses() == {finishing: "completed", other: "crashed"}
+    assert db.outcomes() == {finishing: "finished_first", other: "marked"}

@@ -1,0 +1,83 @@
+"""`orphan-recovery serve`: both deployments from one process, without a work pool."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefect_support import BIN, ROOT, Api, client_of, process, run
+from support import Database, until
+
+
+@pytest.fixture
+def client(prefect_api: str, tmp_path: Path) -> dict[str, str]:
+    return client_of(prefect_api, tmp_path / "client")
+
+
+@pytest.fixture
+def api(prefect_api: str) -> Iterator[Api]:
+    """A server without deployments, at first."""
+    api = Api(prefect_api)
+    api.forget_deployments()
+    yield api
+    api.forget_deployments()
+
+
+def test_one_process_serves_both_deployments_and_can_be_replaced(
+    db: Database, api: Api, client: dict[str, str], tmp_path: Path
+) -> None:
+    db.add_run("held", worker="old-worker", age="2 minutes")
+    db.add_run("of another", worker="another-worker")
+    command = ("orphan-recovery", "serve")
+    with process(*command, log=tmp_path / "serve.log", **client) as serving:
+        until(lambda: len(api.find("deployments")) == 2, "both deployments")
+        scheduled, on_demand = api.deployment("scheduled"), api.deployment("on-demand")
+        assert scheduled["work_pool_name"] is on_demand["work_pool_name"] is None
+        assert on_demand["schedules"] == []
+        assert scheduled["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+        assert scheduled["global_concurrency_limit"]["limit"] == 1
+        [schedule] = scheduled["schedules"]
+        assert (schedule["active"], schedule["schedule"]["interval"]) == (True, 300)
+
+        done = pipeline(client, OLD_WORKER="old-worker", RELEASE="2.4.1", THRESHOLD_MINUTES="1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Completed: dry run: 1 orphaned run would be judged" in done.stdout
+        assert "Completed: 1 orphaned run detected: 1 marked crashed" in done.stdout
+        assert db.statuses() == {"held": "crashed", "of another": "running"}
+        [sweep] = db.sweeps()
+        assert sweep["reason"] == "orphaned: worker replaced by release 2.4.1"
+
+        os.kill(serving.pid, signal.SIGTERM)  # as a supervisor does, in a rolling deploy
+        serving.wait(60)
+    left = api.deployment("scheduled")
+    assert left["paused"] is False
+    assert left["schedules"] == scheduled["schedules"]  # others that serve it are not silenced
+
+    path = f"/deployments/{left['id']}/schedules/{schedule['id']}"
+    api.call("PATCH", path, {"active": False}).raise_for_status()
+    with process(*command, log=tmp_path / "again.log", **client):
+        updated = left["updated"]
+        until(lambda: api.deployment("scheduled")["updated"] != updated, "the next process")
+        [after] = api.deployment("scheduled")["schedules"]
+    # The next sweep is not put off by a restart, and what a person paused stays paused.
+    assert (after["id"], after["schedule"]) == (schedule["id"], schedule["schedule"])
+    assert after["active"] is False
+
+
+@pytest.mark.parametrize("unset", ["OLD_WORKER", "RELEASE"])
+def test_a_pipeline_with_an_empty_name_stops_before_it_does_anything(
+    blank: Database, client: dict[str, str], unset: str
+) -> None:
+    done = pipeline(client, **{"OLD_WORKER": "old-worker", "RELEASE": "2.4.1", unset: ""})
+    assert done.returncode != 0
+    assert unset in done.stderr
+    assert blank.one("SELECT to_regclass('worker_runs')") is None  # not even the migration ran
+
+
+def pipeline(client: dict[str, str], **given: str) -> subprocess.CompletedProcess[str]:
+    """The step of a deploy pipeline, with the command on its path."""
+    script = str(ROOT / "deployments" / "pipeline.sh")
+    return run(script, PATH=f"{BIN}:{os.environ['PATH']}", **client, **given)

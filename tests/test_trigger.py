@@ -1,0 +1,184 @@
+"""Triggered and scheduled sweeps, executed by a real worker of a real work pool."""
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from conftest import _database
+from prefect_support import Api, client_of, deploy, process, run
+from support import Database, free_port, until
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("client")
+
+
+@pytest.fixture(scope="module")
+def client(prefect_api: str, home: Path) -> dict[str, str]:
+    return client_of(prefect_api, home)
+
+
+@pytest.fixture(scope="module")
+def api(prefect_api: str) -> Iterator[Api]:
+    """A server without deployments, at first."""
+    api = Api(prefect_api)
+    api.forget_deployments()
+    yield api
+    api.forget_deployments()
+
+
+@pytest.fixture(scope="module")
+def deployed(api: Api, client: dict[str, str]) -> None:
+    """The deployments are there. No sweep is due, so that each is one that a test started."""
+    deploy(client)
+    scheduled = api.deployment("scheduled")
+    path = f"/deployments/{scheduled['id']}/schedules/{scheduled['schedules'][0]['id']}"
+    api.call("PATCH", path, {"active": False}).raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def shared(server: str, template: str) -> Iterator[Database]:
+    """The database that the worker's environment names."""
+    with _database(server, template) as url, Database(url) as database:
+        yield database
+
+
+@pytest.fixture
+def database(shared: Database) -> Iterator[Database]:
+    """The same, with nothing in flight; what is terminal or in the ledger stays, as ever."""
+    yield shared
+    shared.do("DROP FUNCTION IF EXISTS poison() CASCADE")
+    shared.do("DELETE FROM worker_runs WHERE status IN ('queued', 'running')")
+
+
+@pytest.fixture(scope="module")
+def worker(deployed: None, shared: Database, client: dict[str, str], home: Path) -> Iterator[None]:
+    environment = {
+        **client,
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "ORPHAN_RECOVERY_DATABASE_URL": shared.url,
+    }
+    command = ("prefect", "worker", "start", "--pool", "process", "--type", "process")
+    with process(*command, log=home / "worker.log", **environment):
+        yield
+
+
+def flow_run_in(output: str) -> str:
+    """The id in the address that was printed."""
+    found = re.search(r"^flow run \S+: http://\S+/runs/flow-run/([0-9a-f-]{36})$", output, re.M)
+    assert found, output
+    return found[1]
+
+
+def test_a_server_without_the_deployment_is_a_usage_error(api: Api, client: dict[str, str]) -> None:
+    """The first here, before anything is deployed."""
+    done = run("orphan-recovery", "trigger", "--wait", **client)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no deployment 'recover-orphaned-runs/on-demand'" in done.stderr
+    assert "deploy --all" in done.stderr
+    assert api.find("flow_runs", deployments={"name": {"any_": ["on-demand"]}}) == []
+
+
+def test_a_server_that_cannot_be_reached_is_a_usage_error(client: dict[str, str]) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}/api"
+    done = run("orphan-recovery", "trigger", "--wait", **{**client, "PREFECT_API_URL": nowhere})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"the Prefect API at {nowhere} cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_that_no_worker_took_in_time_stays_scheduled_and_is_no_success(
+    deployed: None, api: Api, client: dict[str, str]
+) -> None:
+    """Before there is a worker."""
+    done = run("orphan-recovery", "trigger", "--wait", "--timeout", "1", **client)
+    assert done.returncode == 1
+    assert "the flow run is still Scheduled after 1 seconds, and goes on" in done.stderr
+    assert "see whether a worker or `orphan-recovery serve` is up" in done.stderr
+    flow_run = flow_run_in(done.stdout)
+    assert api.flow_run(flow_run)["state_type"] == "SCHEDULED"
+    api.call("DELETE", f"/flow_runs/{flow_run}").raise_for_status()
+
+
+def test_a_pipeline_goes_on_after_a_sweep_that_ended_well(
+    worker: None, api: Api, client: dict[str, str], database: Database
+) -> None:
+    database.add_run("orphan", worker="old-worker", age="40 minutes")
+    database.add_run("too young", worker="old-worker", age="20 minutes")
+    database.add_run("of another worker", worker="other-worker", age="5 hours")
+    done = run(
+        *("orphan-recovery", "trigger", "--wait", "--threshold-minutes", "30"),
+        *("--worker", "old-worker", "--reason", "deploy"),
+        **client,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Completed: 1 orphaned run detected: 1 marked crashed" in done.stdout
+    assert database.status("orphan") == "crashed"
+    assert database.status("too young") == database.status("of another worker") == "running"
+    flow_run = api.flow_run(flow_run_in(done.stdout))
+    assert flow_run["parameters"] == {
+        "threshold_minutes": 30,
+        "worker": "old-worker",
+        "reason": "deploy",
+    }
+    assert set(flow_run["tags"]) == {"orphan-recovery", "triggered"}
+    sweep = database.sweeps()[-1]
+    assert flow_run["id"] in sweep["asked_by"]
+    assert (sweep["reason"], sweep["scope"]) == ("deploy", {"worker": "old-worker"})
+
+
+def test_a_pipeline_stops_after_a_sweep_that_failed(
+    worker: None, api: Api, client: dict[str, str], database: Database
+) -> None:
+    database.add_run("poisoned", age="3 hours")
+    database.add_run("sound")
+    database.poison("poisoned")
+    done = run("orphan-recovery", "trigger", "--wait", **client)
+    assert done.returncode == 1
+    assert "Failed: 2 orphaned runs detected: 1 marked crashed, 1 FAILED" in done.stdout
+    assert "the sweep ended Failed" in done.stderr
+    assert database.status("sound") == "crashed"
+    assert api.flow_run(flow_run_in(done.stdout))["state_type"] == "FAILED"
+
+
+def test_the_schedule_sweeps_by_itself_and_never_twice_at_once(
+    worker: None, api: Api, database: Database
+) -> None:
+    orphan = database.add_run("found by the schedule")
+    with database.connect() as holder:
+        holder.execute("SELECT FROM worker_runs WHERE id = %s FOR UPDATE", (orphan,))
+        first = sweep_now_by_schedule(api)
+        database.await_lock_wait()
+        assert api.flow_run(first)["state_type"] == "RUNNING"
+        second = api.start("scheduled").raise_for_status().json()
+        ended = api.await_state(second["id"], "CANCELLED", "COMPLETED", "RUNNING")
+        assert ended["state_type"] == "CANCELLED"
+        assert "concurrency limit" in ended["state"]["message"]
+    assert api.await_state(first, "COMPLETED", "FAILED", "CRASHED")["state_type"] == "COMPLETED"
+    assert database.status(orphan) == "crashed"
+    mine = [v for v in database.verdicts() if v["run_id"] == orphan]
+    assert [v["outcome"] for v in mine] == ["marked"]
+    [sweep] = [s for s in database.sweeps() if s["sweep_id"] == mine[0]["sweep_id"]]
+    assert sweep["asked_by"].endswith(f"({first}), started by its schedule")
+
+
+def sweep_now_by_schedule(api: Api) -> str:
+    """Let the schedule fall due now, and once; the id of the flow run that it plans."""
+    scheduled = api.deployment("scheduled")
+    path = f"/deployments/{scheduled['id']}/schedules/{scheduled['schedules'][0]['id']}"
+    now = datetime.now(UTC)
+    interval = {"interval": 300, "anchor_date": (now + timedelta(seconds=3)).isoformat()}
+    api.call("PATCH", path, {"active": True, "schedule": interval}).raise_for_status()
+    api.call("POST", f"/deployments/{scheduled['id']}/schedule", {}).raise_for_status()
+    planned = {
+        "deployments": {"id": {"any_": [scheduled["id"]]}},
+        "flow_runs": {"expected_start_time": {"before_": (now + timedelta(minutes=1)).isoformat()}},
+    }
+    until(lambda: bool(api.find("flow_runs", **planned)), "a sweep that the schedule planned")
+    [run] = api.find("flow_runs", **planned)
+    assert run["auto_scheduled"]
+    return str(run["id"])
