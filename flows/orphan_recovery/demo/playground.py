@@ -9,6 +9,7 @@ from datetime import timedelta
 
 from orphan_recovery.demo.crew import Fate, Part, hire
 from orphan_recovery.demo.orchestrator import ON_DEMAND, SCHEDULED
+from orphan_recovery.demo.processes import installed
 from orphan_recovery.demo.show import clock
 from orphan_recovery.demo.stage import Stage
 
@@ -38,7 +39,8 @@ def _say_what_there_is(stage: Stage) -> None:
     show.say("The command line, in another terminal:")
     show.line(f"export PREFECT_API_URL={prefect.address}/api", style="bold", indent=6)
     show.line(f"export DATABASE_URL='{stage.database_url}'", style="bold", indent=6)
-    show.line("orphan-recovery sweep --dry-run --threshold-minutes 1", style="bold", indent=6)
+    look = f"{installed('orphan-recovery')} sweep --dry-run --threshold-minutes 1"
+    show.line(look, style="bold", indent=6)
     show.console.print()
 
 

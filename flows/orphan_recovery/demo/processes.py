@@ -129,7 +129,7 @@ class Processes:
             process = subprocess.Popen(  # noqa: S603 - our own commands
                 command,
                 cwd=self._folder,  # no prefect.toml or .env of the viewer's lies there
-                env={**os.environ, **environment},
+                env={**os.environ, "TMPDIR": str(self._folder), **environment},
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

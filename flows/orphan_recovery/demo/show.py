@@ -22,7 +22,7 @@ from orphan_recovery.demo.processes import DemoFailed, tail
 PIPE_WIDTH: Final = 100
 POLL_SECONDS: Final = 0.05
 TELL_EVERY: Final = 15.0
-"""Seconds between the lines of a long wait, where there is no terminal to show a spinner on."""
+"""Seconds between the first lines of a long wait, where no terminal can show a spinner."""
 
 
 class Show:
@@ -78,7 +78,7 @@ class Show:
             table.add_row(*(Text(cell) for cell in row))
         with self.console.capture() as drawn:
             self.console.print(table, width=self.console.width - 3)
-        for line in ["", *drawn.get().splitlines(), ""]:
+        for line in ["", *drawn.get().splitlines()]:
             self.console.print(Text.from_ansi(f"   {line}".rstrip()), soft_wrap=True)
 
     def _wrapped(self, text: Text, indent: str, first: str | None = None) -> None:
@@ -116,7 +116,8 @@ class Show:
         began = time.monotonic()
         tell_at = began + 2
         on_screen = self.console.is_terminal
-        with self.console.status("") if on_screen else nullcontext() as status:
+        spinner = "line" if self.console.options.ascii_only else "dots"
+        with self.console.status("", spinner=spinner) if on_screen else nullcontext() as status:
             while not fact():
                 self.still_well()
                 now = time.monotonic()
@@ -130,7 +131,7 @@ class Show:
                         status.update(Text(told, style="dim"))
                     else:
                         self.say(f"... {told}", indent=5)
-                    tell_at = now + TELL_EVERY
+                    tell_at = now + max(TELL_EVERY, now - began)
                 time.sleep(POLL_SECONDS)
         return time.monotonic() - began
 

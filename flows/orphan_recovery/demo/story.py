@@ -8,15 +8,15 @@ import shlex
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from orphan_recovery.database import database_url, describe
 from orphan_recovery.demo.crew import CREW, SILENT, Crew, Fate, hire
+from orphan_recovery.demo.ending import Ending
 from orphan_recovery.demo.facts import Facts
 from orphan_recovery.demo.guarantees import Scene
 from orphan_recovery.demo.lookback import look_back
@@ -47,8 +47,8 @@ def tell_story(*, leave_ui_up: bool) -> int:
     show = Show()
     folder = Path(tempfile.mkdtemp(prefix="orphan-demo-"))
     try:
-        with _ends_on_signals(), harmless_environment():
-            return _tell(show, folder, leave_ui_up)
+        with Ending() as ending, harmless_environment():
+            return _tell(show, ending, folder, leave_ui_up)
     except KeyboardInterrupt:
         show.say("Interrupted; everything was taken down.", indent=0)
         return 130
@@ -61,7 +61,7 @@ def tell_story(*, leave_ui_up: bool) -> int:
     return 1
 
 
-def _tell(show: Show, folder: Path, leave_ui_up: bool) -> int:
+def _tell(show: Show, ending: Ending, folder: Path, leave_ui_up: bool) -> int:
     show.say(
         "This kills real worker processes in mid-run and recovers what they leave, with a Postgres "
         "and a Prefect server of its own. It takes about a minute and a half, most of which is "
@@ -69,13 +69,13 @@ def _tell(show: Show, folder: Path, leave_ui_up: bool) -> int:
         indent=0,
     )
     show.act("A database")
-    with (
-        embedded_postgres() as url,
-        Processes(folder) as processes,
-        Facts(url) as facts,
-        closing(Orchestrator(processes, folder, url)) as orchestrator,
-        _undisturbed_end(),
-    ):
+    with ExitStack() as started:
+        with ending.held_back():
+            url = started.enter_context(embedded_postgres())
+        processes = started.enter_context(Processes(folder))
+        facts = started.enter_context(Facts(url))
+        orchestrator = started.enter_context(closing(Orchestrator(processes, folder, url)))
+        started.enter_context(ending.undisturbed_after())
         show.still_well = processes.check
         _, revision = migrate(database_url(url))
         show.say(
@@ -147,8 +147,8 @@ def prefect_comes_up(stage: Stage, *, default_threshold: timedelta | None) -> No
         log=served.log,
     )
     show.say(
-        f"`orphan-recovery serve` offers the deployments {ON_DEMAND} and {SCHEDULED} (paused "
-        f"for now) after {took:.0f} s."
+        f"`orphan-recovery serve` offers {ON_DEMAND} and {SCHEDULED} (paused for now) after "
+        f"{took:.0f} s."
     )
 
 
@@ -258,38 +258,3 @@ def _see_to_its_end(show: Show, sweep: Child, pass_on: Callable[[], None]) -> No
     pass_on()
     if sweep.process.returncode != 0:
         raise DemoFailed(f"the sweep's exit code is {sweep.process.returncode}", sweep.log)
-
-
-@contextmanager
-def _ends_on_signals() -> Iterator[None]:
-    """Within it, the first signal that asks for an end raises KeyboardInterrupt; then none does."""
-    before = {which: signal.getsignal(which) for which in _ENDING}
-
-    def end(number: int, _: FrameType | None) -> None:
-        _ignore()
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    for which in _ENDING:
-        signal.signal(which, end)
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
-
-
-@contextmanager
-def _undisturbed_end() -> Iterator[None]:
-    """What is left after it runs to its end, whoever presses Ctrl-C."""
-    try:
-        yield
-    finally:
-        _ignore()
-
-
-_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _ignore() -> None:
-    for which in _ENDING:
-        signal.signal(which, signal.SIG_IGN)
