@@ -31,9 +31,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON); the first time takes a minute or two ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; \
-	then $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
-	else $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null \
+	&& $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' 2>/dev/null \
+	|| { echo "uv could not (it does not read pip's configuration); pip can, in some minutes more ..."; \
+	     $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; }
 	@touch $@
 
 # Renew the pins: what a fresh resolution of pyproject.toml gives, without addresses.
