@@ -234,5 +234,7 @@ async def test_a_run_that_finishes_while_its_task_waits_is_left_alone(
     state = await sweeping
     assert state.is_completed()
     assert "1 marked crashed, 1 finished first" in (state.message or "")
+    # The statement saw it, under the row's lock; nothing had to refuse it.
+    assert marks(api.task_runs(flow_run_of(state)))[finishing]["state_type"] == "COMPLETED"
     assert db.statuses() == {finishing: "completed", other: "crashed"}
     assert db.outcomes() == {finishing: "finished_first", other: "marked"}
