@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
+from orphan_recovery.targets import Target
 from support import Database, free_port
 
 _numbers = itertools.count()
@@ -39,7 +40,7 @@ def server() -> Iterator[str]:
 def template(server: str) -> Iterator[str]:
     """The name of a database with the schema, from which each test's own is copied."""
     with _database(server) as url:
-        migrate(database_url(url))
+        migrate(Target(), database_url(url))
         name = make_url(url).database
         assert name
         yield name

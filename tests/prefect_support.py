@@ -17,7 +17,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
-from orphan_recovery.flow import FLOW_NAME, recover_orphaned_runs
+from orphan_recovery.flow import ALL_FLOW_NAME, FLOW_NAME, recover_orphaned_runs
 from support import until
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,8 @@ class Api:
         return found
 
     def deployment(self, name: str) -> dict[str, Any]:
-        deployment: dict[str, Any] = self.get(f"/deployments/name/{FLOW_NAME}/{name}")
+        flow = ALL_FLOW_NAME if name == "all-targets" else FLOW_NAME
+        deployment: dict[str, Any] = self.get(f"/deployments/name/{flow}/{name}")
         return deployment
 
     def forget_deployments(self) -> None:

@@ -26,8 +26,9 @@ def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str
 def test_migrate_sweep_summary(blank: Database) -> None:
     first = run("migrate")
     assert (first.returncode, first.stderr) == (0, "")
-    assert "went from revision none to 0002" in first.stdout
-    assert "is at revision 0002 already" in run("migrate").stdout
+    assert "went from revision none to ledger_0001, runs_0001" in first.stdout
+    assert "made: an index that serves detection: worker_runs_in_flight" in first.stdout
+    assert "is at revision ledger_0001, runs_0001 already" in run("migrate").stdout
     orphans = blank.add_orphans(2)
     blank.add_run("alive", age="1 minute")
 

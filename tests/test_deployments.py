@@ -35,7 +35,7 @@ def written() -> dict[str, dict[str, Any]]:
     return {deployment["name"]: deployment for deployment in file["deployments"]}
 
 
-@pytest.mark.parametrize("name", ["scheduled", "on-demand"])
+@pytest.mark.parametrize("name", ["scheduled", "on-demand", "all-targets"])
 def test_every_key_of_a_deployment_takes_effect(api: Api, name: str) -> None:
     asked, told = dict(written()[name]), api.deployment(name)
     assert told["name"] == asked.pop("name")
@@ -104,6 +104,7 @@ def test_deploying_again_changes_nothing(api: Api, client: dict[str, str]) -> No
 def test_the_form_tells_each_parameter_and_its_limits(api: Api, name: str) -> None:
     parameters = api.deployment(name)["parameter_openapi_schema"]["properties"]
     assert set(parameters) == {
+        "target",
         "threshold_minutes",
         "dry_run",
         "tenant",
@@ -112,9 +113,10 @@ def test_the_form_tells_each_parameter_and_its_limits(api: Api, name: str) -> No
         "reason",
     }
     for about in parameters.values():
-        assert about["description"].endswith((".", "all", "limit"))
+        assert about["description"].endswith(".")
     threshold = parameters["threshold_minutes"]
-    assert (threshold["type"], threshold["minimum"], threshold["default"]) == ("integer", 1, 30)
+    number = {"type": "integer", "minimum": 1, "maximum": 5_256_000}
+    assert threshold["anyOf"] == [number, {"type": "null"}]
     assert "Minutes of silence that make a run an orphan" in threshold["description"]
     assert api.deployment(name)["enforce_parameter_schema"] is True
 
@@ -124,6 +126,7 @@ def test_the_form_tells_each_parameter_and_its_limits(api: Api, name: str) -> No
     [
         {"threshold_minutes": 0},
         {"threshold_minutes": "abc"},
+        {"target": ""},
         {"tenant": ""},
         {"worker": ""},
         {"limit": 0},

@@ -233,7 +233,8 @@ async def test_two_sweeps_that_wait_for_the_same_rows_do_not_deadlock(
             for way in ("seqscan", "hashjoin", "mergejoin"):
                 await own.execute(text(f"SET LOCAL enable_{way} = off"))
             await note_direct_call(own, request_of(runs[0]))
-            return [v.outcome for v in await mark(own, runs, "test") if v is not None]
+            marked = await mark(own, request_of(runs[0]), runs)
+            return [verdict.outcome for verdict in marked if verdict is not None]
 
     first = await detect_orphaned_runs(session)
     second = await detect_orphaned_runs(session)

@@ -8,7 +8,8 @@ import pytest
 
 from orphan_recovery import ConfigurationError, recover_orphaned_runs
 from orphan_recovery import migrate as schema
-from orphan_recovery.migrate import migrate, newest_revision, unmigrate
+from orphan_recovery.migrate import Migration, migrate, newest_revisions, unmigrate
+from orphan_recovery.targets import Target
 from support import Database
 
 COLUMNS = {
@@ -16,6 +17,10 @@ COLUMNS = {
     *("output_json", "created_at", "started_at", "heartbeat_at", "completed_at"),
     *("parent_run_id", "attempt", "is_retry"),
 }
+
+
+def newest() -> str:
+    return ", ".join(newest_revisions(Target()))
 
 
 def columns(db: Database) -> dict[str, str]:
@@ -42,17 +47,18 @@ def shape(db: Database) -> list[dict[str, Any]]:
 
 
 def test_the_schema_is_applied_once_and_again_without_harm(blank: Database) -> None:
-    assert migrate() == (None, newest_revision())
+    did = migrate()
+    assert (did.before, did.after) == ("none", newest())
     first = shape(blank)
     assert set(columns(blank)) == COLUMNS
-    assert migrate() == (newest_revision(), newest_revision())
+    assert migrate() == Migration(newest(), newest(), ())
     assert shape(blank) == first
 
 
 def test_up_down_up_comes_to_the_same_and_down_leaves_nothing(blank: Database) -> None:
     migrate()
     first = shape(blank)
-    assert unmigrate() == (newest_revision(), None)
+    assert unmigrate().after == "none"
     assert (
         blank.one("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace") == 0
     )
@@ -61,12 +67,23 @@ def test_up_down_up_comes_to_the_same_and_down_leaves_nothing(blank: Database) -
     assert shape(blank) == first
 
 
-def test_each_step_goes_down_and_up(blank: Database) -> None:
+@pytest.mark.parametrize(
+    ("lost", "found"),
+    [
+        ("DROP INDEX worker_runs_in_flight", "an index that serves detection"),
+        ("DROP INDEX worker_runs_crashed", "an index that serves the summary"),
+        ("DROP TRIGGER prevent_worker_run_mutation ON worker_runs", "the truth trigger"),
+        ("ALTER TABLE worker_runs DISABLE TRIGGER USER", "the truth trigger"),
+    ],
+)
+def test_what_was_lost_is_made_again(blank: Database, lost: Any, found: str) -> None:
     migrate()
-    assert unmigrate(revision="0001") == (newest_revision(), "0001")
-    assert blank.one("SELECT to_regclass('worker_runs_in_flight')") is None
-    assert migrate() == ("0001", newest_revision())
-    assert blank.one("SELECT to_regclass('worker_runs_in_flight')") is not None
+    first = shape(blank)
+    blank.do(lost)
+    [made] = migrate().done
+    assert made.startswith(found)
+    assert shape(blank) == first
+    assert migrate().done == ()
 
 
 async def test_down_destroys_neither_runs_nor_the_ledger(db: Database) -> None:
@@ -133,9 +150,10 @@ def test_a_missing_created_at_is_added_for_new_rows_and_not_made_up_for_old_ones
         ("CREATE TABLE worker_runs (run_id text, status text)", "no column id"),
         ("CREATE TABLE worker_runs (id text, state text)", "no column status"),
         ("CREATE VIEW worker_runs AS SELECT 'x' AS id, 'y' AS status", "not an ordinary table"),
+        ("CREATE TABLE worker_runs (id text, status text)", "ADD PRIMARY KEY"),
         (
             "CREATE TYPE s AS ENUM ('queued', 'running', 'done');"
-            "CREATE TABLE worker_runs (id text, status s)",
+            "CREATE TABLE worker_runs (id text PRIMARY KEY, status s)",
             "ALTER TYPE s ADD VALUE 'crashed'",
         ),
     ],
@@ -170,7 +188,7 @@ def test_ten_containers_that_migrate_at_once_get_one_schema(blank: Database) -> 
 
     def one() -> None:
         try:
-            results.append(migrate()[1])
+            results.append(migrate().after)
         except Exception as error:
             results.append(error)
 
@@ -179,11 +197,12 @@ def test_ten_containers_that_migrate_at_once_get_one_schema(blank: Database) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == [newest_revision()] * 10
+    assert results == [newest()] * 10
 
 
 def test_an_interrupted_index_build_is_repeated(blank: Database) -> None:
-    migrate(revision="0001")
+    migrate()
+    blank.do("DROP INDEX worker_runs_in_flight")
     blank.do("INSERT INTO worker_runs (id) VALUES ('a')")
     blank.do(
         "CREATE FUNCTION fails(text) RETURNS int IMMUTABLE LANGUAGE plpgsql AS"

@@ -1,4 +1,4 @@
-"""`orphan-recovery serve`: both deployments from one process, without a work pool."""
+"""`orphan-recovery serve`: all deployments from one process, without a work pool."""
 
 import os
 import signal
@@ -26,14 +26,14 @@ def api(prefect_api: str) -> Iterator[Api]:
     api.forget_deployments()
 
 
-def test_one_process_serves_both_deployments_and_can_be_replaced(
+def test_one_process_serves_all_deployments_and_can_be_replaced(
     db: Database, api: Api, client: dict[str, str], tmp_path: Path
 ) -> None:
     db.add_run("held", worker="old-worker", age="2 minutes")
     db.add_run("of another", worker="another-worker")
     command = ("orphan-recovery", "serve")
     with process(*command, log=tmp_path / "serve.log", **client) as serving:
-        until(lambda: len(api.find("deployments")) == 2, "both deployments")
+        until(lambda: len(api.find("deployments")) == 3, "all deployments")
         scheduled, on_demand = api.deployment("scheduled"), api.deployment("on-demand")
         assert scheduled["work_pool_name"] is on_demand["work_pool_name"] is None
         assert on_demand["schedules"] == []

@@ -14,21 +14,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from orphan_recovery.settings import ConfigurationError, load_settings
+from orphan_recovery.targets import default_threshold
 
 if TYPE_CHECKING:
     from orphan_recovery.detect import detect_orphaned_runs
     from orphan_recovery.log import logger
     from orphan_recovery.mark import mark_run_as_crashed
     from orphan_recovery.policy import FEATURE_INTENT, RETRY_POLICY, FeatureIntent, RetryPolicy
-    from orphan_recovery.recover import recover_orphaned_runs
-    from orphan_recovery.runs import Evidence, RunStatus, WorkerRun
+    from orphan_recovery.recover import recover_orphaned_runs, recover_target
+    from orphan_recovery.run import Evidence, RunStatus, WorkerRun
     from orphan_recovery.summarize import get_crash_recovery_summary
     from orphan_recovery.verdict import Outcome
 
 _settings = load_settings()
 
-ORPHAN_THRESHOLD_MINUTES: int = _settings.threshold_minutes
-"""Minutes of silence that make an orphan; environment variable of the same name, default 30."""
+ORPHAN_THRESHOLD_MINUTES: int = default_threshold()
+"""Minutes of silence that make an orphan; environment variable of the same name, default 30. A
+target that is meant by default and has a threshold of its own comes before it."""
 
 RECOVERY_ENABLED: bool = _settings.recovery_enabled
 """Whether recovery may mark runs; environment variable ORPHAN_RECOVERY_ENABLED, default true."""
@@ -36,17 +38,18 @@ RECOVERY_ENABLED: bool = _settings.recovery_enabled
 _HOME_OF = {
     "FEATURE_INTENT": "policy",
     "RETRY_POLICY": "policy",
-    "Evidence": "runs",
+    "Evidence": "run",
     "FeatureIntent": "policy",
     "Outcome": "verdict",
     "RetryPolicy": "policy",
-    "RunStatus": "runs",
-    "WorkerRun": "runs",
+    "RunStatus": "run",
+    "WorkerRun": "run",
     "detect_orphaned_runs": "detect",
     "get_crash_recovery_summary": "summarize",
     "logger": "log",
     "mark_run_as_crashed": "mark",
     "recover_orphaned_runs": "recover",
+    "recover_target": "recover",
 }
 
 __all__ = [
@@ -66,6 +69,7 @@ __all__ = [
     "logger",
     "mark_run_as_crashed",
     "recover_orphaned_runs",
+    "recover_target",
 ]
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -19,11 +19,26 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
-from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
-from orphan_recovery.database import database_url, describe
+from orphan_recovery import cli_setup
+from orphan_recovery.cli_options import (
+    AllTargets,
+    AsJson,
+    DryRun,
+    Limit,
+    Reason,
+    TargetName,
+    Tenant,
+    Threshold,
+    Worker,
+)
+from orphan_recovery.database import address, describe
 from orphan_recovery.log import EventFormatter, logger
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Target, find_target, load_targets
+
+if TYPE_CHECKING:
+    from orphan_recovery.report import SweepReport
 
 app = typer.Typer(
     name="orphan-recovery",
@@ -32,23 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-Threshold = Annotated[
-    int | None,
-    typer.Option(
-        help="Minutes of silence that make a run an orphan, at least 1. "
-        f"Default: ORPHAN_THRESHOLD_MINUTES, now {ORPHAN_THRESHOLD_MINUTES}.",
-        show_default=False,
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only look; write nothing at all.")]
-Tenant = Annotated[str | None, typer.Option(help="Only runs of this tenant.")]
-Worker = Annotated[str | None, typer.Option(help="Only runs held by this worker.")]
-Limit = Annotated[
-    int | None, typer.Option(help="Judge at most so many runs, longest silence first.")
-]
-Reason = Annotated[str, typer.Option(help="What the error text of each marked run begins with.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -75,28 +73,9 @@ def _options(
 
 
 @app.command()
-def migrate(
-    down: Annotated[
-        bool, typer.Option("--down", help="Take the schema away again; never a row.")
-    ] = False,
-) -> None:
-    """Bring the schema up to date: runs table, truth trigger, ledger, indexes.
-
-    Again and again without harm. An existing worker_runs table is adopted: missing columns are
-    added and nothing is rewritten.
-    """
-    from orphan_recovery import migrate as schema
-
-    before, after = schema.unmigrate() if down else schema.migrate()
-    where = database_url().render_as_string(hide_password=True)
-    if before == after:
-        typer.echo(f"{where} is at revision {after or 'none'} already")
-    else:
-        typer.echo(f"{where} went from revision {before or 'none'} to {after or 'none'}")
-
-
-@app.command()
 def sweep(
+    target: TargetName = None,
+    all_targets: AllTargets = False,
     threshold_minutes: Threshold = None,
     dry_run: DryRun = False,
     tenant: Tenant = None,
@@ -107,41 +86,47 @@ def sweep(
 ) -> None:
     """Run one whole sweep in this process, without Prefect."""
     from orphan_recovery.recover import run_sweep, whoami
+    from orphan_recovery.report import SweepReport
 
-    minutes = ORPHAN_THRESHOLD_MINUTES if threshold_minutes is None else threshold_minutes
-    report = asyncio.run(
-        run_sweep(
-            SweepRequest(
-                threshold_minutes=minutes,
-                asked_by=whoami("orphan-recovery sweep"),
-                tenant=tenant,
-                worker=worker,
-                limit=limit,
-                reason=reason,
-                dry_run=dry_run,
-            )
+    if target is not None and all_targets:
+        raise ConfigurationError("--target and --all-targets are both given: give one of them")
+    swept = list(load_targets().values()) if all_targets else [find_target(target)]
+    requests = [
+        SweepRequest(
+            asked_by=whoami("orphan-recovery sweep"),
+            target=one,
+            threshold_minutes=threshold_minutes,
+            tenant=tenant,
+            worker=worker,
+            limit=limit,
+            reason=reason,
+            dry_run=dry_run,
         )
-    )
+        for one in swept
+    ]
+    reports = []
+    for request in requests:
+        try:
+            report = asyncio.run(run_sweep(request))
+        except ConfigurationError as error:
+            if not all_targets:
+                raise
+            report = SweepReport(request, error=str(error))  # one bad target stops no other
+        reports.append(report)
+        if not as_json:
+            _print_report(report, name=all_targets)
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
-    else:
-        from orphan_recovery.report import as_table
-
-        _print_table(as_table(report))
-        typer.echo(report.headline())
-        if report.detected > len(report.as_dict()["runs"]):
-            typer.echo(f"the ledger has all: sweep {report.request.sweep_id}")
-        for step in report.next_steps():
-            typer.echo(f"next: {step}", err=True)
-    raise typer.Exit(0 if report.ended_well else 1)
+        told = [report.as_dict() for report in reports]
+        typer.echo(json.dumps(told if all_targets else told[0], indent=2))
+    raise typer.Exit(0 if all(report.ended_well for report in reports) else 1)
 
 
 @app.command()
-def summary(as_json: AsJson = False) -> None:
+def summary(target: TargetName = None, as_json: AsJson = False) -> None:
     """Show how many runs stand crashed, and the newest ten."""
-    from orphan_recovery.summarize import get_crash_recovery_summary
+    from orphan_recovery.summarize import summarize_target
 
-    told = asyncio.run(get_crash_recovery_summary())
+    told = asyncio.run(summarize_target(find_target(target)))
     if as_json:
         typer.echo(json.dumps(told, indent=2))
         return
@@ -156,7 +141,9 @@ def summary(as_json: AsJson = False) -> None:
 @app.command()
 def serve() -> None:
     """Serve the scheduled and the on-demand deployment from this process, without a work pool."""
-    database_url()  # to be told now, not by the first flow run
+    for target in load_targets().values():
+        if target.database_url_secret is None:
+            address(target)  # to be told now, not by the first flow run
     from orphan_recovery.deploy import serve_deployments
 
     asyncio.run(serve_deployments())
@@ -164,6 +151,8 @@ def serve() -> None:
 
 @app.command()
 def trigger(
+    target: TargetName = None,
+    all_targets: AllTargets = False,
     threshold_minutes: Threshold = None,
     dry_run: DryRun = False,
     tenant: Tenant = None,
@@ -180,6 +169,7 @@ def trigger(
     from orphan_recovery.deploy import trigger_sweep
 
     asked: dict[str, Any] = {
+        "target": target,
         "threshold_minutes": threshold_minutes,
         "dry_run": dry_run or None,
         "tenant": tenant,
@@ -188,9 +178,20 @@ def trigger(
         "reason": reason if reason != DEFAULT_REASON else None,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    minutes = ORPHAN_THRESHOLD_MINUTES if threshold_minutes is None else threshold_minutes
-    SweepRequest(**{"asked_by": "trigger", **given, "threshold_minutes": minutes})  # or refuse it
-    run = asyncio.run(trigger_sweep(given, wait=wait, timeout_seconds=timeout, tell=typer.echo))
+    # Refused here rather than by a flow run, but for the target's name: the file that knows it is
+    # where sweeps run, and need not be here.
+    checked = {name: value for name, value in given.items() if name != "target"}
+    SweepRequest(asked_by="trigger", target=Target(), **checked)
+    if all_targets and (narrowing := given.keys() - {"dry_run", "reason"}):
+        raise ConfigurationError(
+            f"--all-targets sweeps each target by its own description: leave out "
+            f"{', '.join(sorted(narrowing))}, or name one --target"
+        )
+    run = asyncio.run(
+        trigger_sweep(
+            given, every_target=all_targets, wait=wait, timeout_seconds=timeout, tell=typer.echo
+        )
+    )
     if not wait or (run.state and run.state.is_completed()):
         return
     if run.state and run.state.is_final():
@@ -200,6 +201,9 @@ def trigger(
         "whether a worker or `orphan-recovery serve` is up to run it",
         code=1,
     )
+
+
+cli_setup.register(app)
 
 
 @app.command()
@@ -232,6 +236,19 @@ def main() -> None:
 def _fail(message: str, *, code: int) -> NoReturn:
     typer.echo(f"orphan-recovery: {message}", err=True)
     sys.exit(code)
+
+
+def _print_report(report: "SweepReport", *, name: bool) -> None:
+    from orphan_recovery.report import as_table
+
+    if name:
+        typer.echo(f"target {report.request.target.name}:")
+    _print_table(as_table(report))
+    typer.echo(report.headline())
+    if report.detected > len(report.as_dict()["runs"]):
+        typer.echo(f"the ledger has all: sweep {report.request.sweep_id}")
+    for step in report.next_steps():
+        typer.echo(f"next: {step}", err=True)
 
 
 def _print_table(rows: list[dict[str, str]]) -> None:

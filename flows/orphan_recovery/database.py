@@ -5,16 +5,20 @@ Addresses are shown without their password, bound values are kept out of error t
 transaction of our own has a lock and a statement time-out.
 """
 
+import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import URL, func, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 
 from orphan_recovery.settings import DATABASE_VARIABLES, ConfigurationError, load_settings
+
+if TYPE_CHECKING:
+    from orphan_recovery.targets import Target
 
 Executor = AsyncConnection | AsyncSession
 """What the verbs run on: our own connection, or the session of a caller."""
@@ -64,10 +68,53 @@ def database_url(raw: str | None = None) -> URL:
     return url.set(drivername="postgresql+psycopg")
 
 
-def make_engine(url: URL | None = None) -> AsyncEngine:
+def address(target: "Target") -> URL:
+    """The address of a target's database.
+
+    From the variable that its ``database_url_env`` names, or the Prefect Secret block that its
+    ``database_url_secret`` names (which asks the Prefect API), else the environment's.
+
+    Raises:
+        ConfigurationError: there is none, or it cannot be read. An address is never shown.
+    """
+    if target.database_url_env:
+        raw = os.environ.get(target.database_url_env)
+        if not raw:
+            raise ConfigurationError(
+                f"target {target.name!r} takes its database from the variable "
+                f"{redact(target.database_url_env)!r} (database_url_env), which is not set: set "
+                "it to an address such as postgresql://user:password@host/name"
+            )
+        return database_url(raw)
+    if target.database_url_secret:
+        return database_url(_secret(target.name, target.database_url_secret))
+    return database_url()
+
+
+def _secret(target: str, block: str) -> str:
+    from prefect.blocks.system import Secret
+    from prefect.settings import get_current_settings
+
+    asked = (
+        f"target {target!r} takes its database from the Prefect Secret block {block!r} "
+        "(database_url_secret), "
+    )
+    if not get_current_settings().api.url:  # Prefect would start a server of its own
+        raise ConfigurationError(f"{asked}but no Prefect API is named: set PREFECT_API_URL")
+    try:
+        secret: Any = Secret.load(block, _sync=True)  # type: ignore[call-arg]
+    except Exception as error:
+        raise ConfigurationError(
+            f"{asked}which cannot be loaded ({describe(error)}): create it in Prefect's UI, and "
+            "see whether PREFECT_API_URL names that server"
+        ) from None
+    return str(secret.get())
+
+
+def make_engine(url: URL) -> AsyncEngine:
     """An engine of our own; nothing connects before it is used. Dispose of it when done."""
     return create_async_engine(
-        url or database_url(),
+        url,
         pool_size=POOL_SIZE,
         max_overflow=0,
         pool_pre_ping=True,

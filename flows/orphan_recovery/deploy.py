@@ -21,18 +21,27 @@ from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
 
-from orphan_recovery.flow import FLOW_NAME, recover_orphaned_runs
+from orphan_recovery.flow import (
+    ALL_FLOW_NAME,
+    FLOW_NAME,
+    recover_all_targets,
+    recover_orphaned_runs,
+)
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import find_target, load_targets
 
 SCHEDULED: Final = "scheduled"
 ON_DEMAND: Final = "on-demand"
+ALL_TARGETS: Final = "all-targets"
 EVERY: Final = timedelta(minutes=5)
 ANCHOR: Final = datetime(2026, 1, 1, tzinfo=UTC)
 POLL_SECONDS: Final = 2.0
 
 
 async def serve_deployments() -> None:
-    """Offer both deployments from this process and run what they start, until interrupted.
+    """Offer the deployments from this process and run what they start, until interrupted.
+
+    One on a schedule for each target, and those that run on demand.
 
     Raises:
         ConfigurationError: no Prefect API is configured.
@@ -42,31 +51,45 @@ async def serve_deployments() -> None:
         "entrypoint_type": EntrypointType.MODULE_PATH,
         "tags": ["orphan-recovery"],
     }
-    scheduled = await recover_orphaned_runs.ato_deployment(
-        name=SCHEDULED,
-        # A fixed anchor and a slug: a restart neither puts the next sweep off nor wakes a
-        # schedule that a person paused.
-        schedules=[
-            DeploymentScheduleCreate(
-                slug="every-five-minutes",
-                schedule=IntervalSchedule(interval=EVERY, anchor_date=ANCHOR),
-            )
-        ],
-        # A second sweep beside a first is harmless but of no use: it is not piled up.
-        concurrency_limit=ConcurrencyLimitConfig(
-            limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
-        ),
-        **about,
-    )
+    meant = _meant_by_default()
+    scheduled = [
+        await recover_orphaned_runs.ato_deployment(
+            name=SCHEDULED if name == meant else f"{SCHEDULED}-{name}",
+            parameters={} if name == meant else {"target": name},
+            # A fixed anchor and a slug: a restart neither puts the next sweep off nor wakes a
+            # schedule that a person paused.
+            schedules=[
+                DeploymentScheduleCreate(
+                    slug="every-five-minutes",
+                    schedule=IntervalSchedule(interval=EVERY, anchor_date=ANCHOR),
+                )
+            ],
+            # A second sweep beside a first is harmless but of no use: it is not piled up.
+            concurrency_limit=ConcurrencyLimitConfig(
+                limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
+            ),
+            **about,
+        )
+        for name in load_targets()
+    ]
     on_demand = await recover_orphaned_runs.ato_deployment(name=ON_DEMAND, **about)
+    every_target = await recover_all_targets.ato_deployment(name=ALL_TARGETS, **about)
     # Not paused on shutdown: the schedule belongs to every process that serves it, and one that
     # stops in a rolling deploy must not silence the others.
-    await aserve(scheduled, on_demand, pause_on_shutdown=False)
+    await aserve(*scheduled, on_demand, every_target, pause_on_shutdown=False)
+
+
+def _meant_by_default() -> str | None:
+    try:
+        return find_target().name
+    except ConfigurationError:  # several, and none of them is meant
+        return None
 
 
 async def trigger_sweep(
     parameters: dict[str, Any],
     *,
+    every_target: bool = False,
     wait: bool,
     timeout_seconds: float,
     tell: Callable[[str], None],
@@ -75,6 +98,7 @@ async def trigger_sweep(
 
     Args:
         parameters: of the flow; what is left out takes the deployment's own value.
+        every_target: start the flow that sweeps all targets instead.
         wait: stay until the flow run has ended.
         timeout_seconds: how long to wait at most, in seconds; the flow run goes on all the same.
         tell: called with a line for people: the flow run's address, then each state it enters.
@@ -88,6 +112,8 @@ async def trigger_sweep(
     """
     api = _require_api()
     deployment = f"{FLOW_NAME}/{ON_DEMAND}"
+    if every_target:
+        deployment = f"{ALL_FLOW_NAME}/{ALL_TARGETS}"
     try:
         run = await arun_deployment(
             deployment, parameters=parameters, timeout=0, as_subflow=False, tags=["triggered"]

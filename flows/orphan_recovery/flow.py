@@ -22,8 +22,7 @@ from pydantic import Field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
-from orphan_recovery.database import POOL_SIZE, describe, make_engine, transaction
+from orphan_recovery.database import POOL_SIZE, address, describe, make_engine, transaction
 from orphan_recovery.detect import Fleet
 from orphan_recovery.detect import detect as detect_orphans
 from orphan_recovery.mark import log_verdict, mark_one
@@ -31,11 +30,15 @@ from orphan_recovery.policy import is_outage, is_transient, retry_plan
 from orphan_recovery.recover import begin, finish, is_enabled, log_detected, log_end, log_start
 from orphan_recovery.report import SweepReport, as_markdown, as_table
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
-from orphan_recovery.runs import WorkerRun
+from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
+from orphan_recovery.targets import DEFAULT_TARGET, find_target, load_targets
 from orphan_recovery.verdict import Outcome, Verdict
 
 FLOW_NAME = "recover-orphaned-runs"
+ALL_FLOW_NAME = "recover-all-targets"
+SWEEPS_AT_ONCE = 4
+"""Targets that one flow run sweeps side by side."""
 
 
 async def _worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
@@ -92,11 +95,11 @@ async def detect(engine: AsyncEngine, request: SweepRequest) -> list[WorkerRun]:
 
 
 @task(name="mark", task_run_name="mark-{run.id}", **_RETRIED)
-async def mark(engine: AsyncEngine, run: WorkerRun, reason: str) -> Verdict:
+async def mark(engine: AsyncEngine, request: SweepRequest, run: WorkerRun) -> Verdict:
     """Give the verdict on one orphan, in a transaction of its own."""
     async with _transaction(engine) as connection:
-        verdict = await mark_one(connection, run, reason)
-    log_verdict(verdict, reason)
+        verdict = await mark_one(connection, request, run)
+    log_verdict(verdict, request)
     get_run_logger().info(
         "%s: %s; silent for %s by its %s when detected, threshold %s, held by worker %s",
         run.id,
@@ -120,9 +123,8 @@ async def summarise(
 
 @flow(name=FLOW_NAME, persist_result=False)
 async def recover_orphaned_runs(
-    threshold_minutes: Annotated[
-        int, Field(ge=1, le=MAX_THRESHOLD_MINUTES)
-    ] = ORPHAN_THRESHOLD_MINUTES,
+    target: Annotated[str, Field(min_length=1)] | None = None,
+    threshold_minutes: Annotated[int, Field(ge=1, le=MAX_THRESHOLD_MINUTES)] | None = None,
     dry_run: bool = False,
     tenant: Annotated[str, Field(min_length=1)] | None = None,
     worker: Annotated[str, Field(min_length=1)] | None = None,
@@ -135,8 +137,11 @@ async def recover_orphaned_runs(
     beats or changes hands in the meantime is left alone. Look first with *dry run*.
 
     Args:
-        threshold_minutes: Minutes of silence that make a run an orphan, at least 1. Keep it
-            above three heartbeats; for runs that do not beat, above the longest honest run.
+        target: Which table, by its name in orphan-recovery.toml. Leave at None for the one that
+            is meant by default.
+        threshold_minutes: Minutes of silence that make a run an orphan, at least 1. Leave at None
+            for the target's own. Keep it above three heartbeats; for runs that do not beat,
+            above the longest honest run.
         dry_run: Only look: list what would be judged and write nothing at all.
         tenant: Only runs of this tenant. Leave at None for all.
         worker: Only runs held by this worker. Leave at None for all.
@@ -144,8 +149,9 @@ async def recover_orphaned_runs(
         reason: What the error text of each marked run begins with.
     """
     request = SweepRequest(
-        threshold_minutes=threshold_minutes,
         asked_by=_asked_by(),
+        target=find_target(target),
+        threshold_minutes=threshold_minutes,
         tenant=tenant,
         worker=worker,
         limit=limit,
@@ -155,7 +161,7 @@ async def recover_orphaned_runs(
     report = SweepReport(request)
     if is_enabled():
         log_start(request)
-        engine = make_engine()
+        engine = make_engine(address(request.target))
         try:
             await _sweep(engine, report)
         finally:
@@ -169,6 +175,38 @@ async def recover_orphaned_runs(
     return Failed(message=report.headline(), data=SweepFailed(report))
 
 
+@flow(name=ALL_FLOW_NAME, persist_result=False)
+async def recover_all_targets(
+    dry_run: bool = False,
+    reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_LENGTH)] = DEFAULT_REASON,
+) -> State[Any]:
+    """Sweep every target in orphan-recovery.toml, each as a flow run of its own.
+
+    A target whose database is broken fails its own flow run, and no other.
+
+    Args:
+        dry_run: Only look: list what would be judged and write nothing at all.
+        reason: What the error text of each marked run begins with.
+    """
+    targets = load_targets()
+    at_once = asyncio.Semaphore(SWEEPS_AT_ONCE)
+
+    async def swept(name: str) -> State[Any]:
+        sweep = recover_orphaned_runs.with_options(flow_run_name=f"sweep-{name}")
+        async with at_once:
+            return await sweep(target=name, dry_run=dry_run, reason=reason, return_state=True)
+
+    states = dict(
+        zip(targets, await asyncio.gather(*(swept(name) for name in targets)), strict=True)
+    )
+    failed = [name for name, state in states.items() if not state.is_completed()]
+    told = "; ".join(f"{name}: {state.message or state.name}" for name, state in states.items())
+    if failed:
+        message = f"{len(failed)} of {len(states)} targets FAILED ({', '.join(failed)}). {told}"
+        return Failed(message=message)
+    return Completed(message=f"{len(states)} targets swept. {told}")
+
+
 async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
     request, failed = report.request, list[Verdict]()
     try:
@@ -178,7 +216,7 @@ async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
         if runs:
             log_detected(runs)
         if not request.dry_run:
-            verdicts = await _mark_each(engine, runs, request.reason)
+            verdicts = await _mark_each(engine, request, runs)
             failed = [v for v in verdicts if v.outcome is Outcome.FAILED]
             report.judged([v for v in verdicts if v.outcome is not Outcome.FAILED])
     except Exception as error:
@@ -190,7 +228,9 @@ async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
         report.error = report.error or describe(error.__cause__ or error)
 
 
-async def _mark_each(engine: AsyncEngine, runs: list[WorkerRun], reason: str) -> list[Verdict]:
+async def _mark_each(
+    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
+) -> list[Verdict]:
     """One task run an orphan, side by side. What cannot be marked fails its own task run only."""
     at_once = asyncio.Semaphore(POOL_SIZE)
     outage: str | None = None
@@ -201,7 +241,7 @@ async def _mark_each(engine: AsyncEngine, runs: list[WorkerRun], reason: str) ->
             if outage:  # thousands of retries against a lost database help nobody
                 return Verdict(run=run, outcome=Outcome.FAILED, error=f"not tried after {outage}")
             # Prefect's overloads take the task for a sync one here.
-            state = await mark(engine, run, reason, return_state=True)  # type: ignore[misc]
+            state = await mark(engine, request, run, return_state=True)  # type: ignore[misc]
             result = await state.aresult(raise_on_failure=False)
         if isinstance(result, Verdict):
             return result
@@ -210,7 +250,7 @@ async def _mark_each(engine: AsyncEngine, runs: list[WorkerRun], reason: str) ->
         if is_outage(error):
             outage = describe(error)
         verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-        log_verdict(verdict, reason)
+        log_verdict(verdict, request)
         return verdict
 
     return list(await asyncio.gather(*(judged(run) for run in runs)))
@@ -218,12 +258,15 @@ async def _mark_each(engine: AsyncEngine, runs: list[WorkerRun], reason: str) ->
 
 async def _show(report: SweepReport) -> None:
     """The report in Prefect's own places: the log, and two artifacts that keep their history."""
+    name = report.request.target.name
+    key = "orphan-recovery" if name == DEFAULT_TARGET else f"orphan-recovery-{name}"
+    key = key.replace("_", "-")
     level = "info" if report.ended_well else "error"
     getattr(get_run_logger(), level)(report.headline())
     await acreate_table_artifact(
-        key="orphan-recovery-verdicts", table=as_table(report), description=report.headline()
+        key=f"{key}-verdicts", table=as_table(report), description=report.headline()
     )
-    await acreate_markdown_artifact(key="orphan-recovery-summary", markdown=as_markdown(report))
+    await acreate_markdown_artifact(key=f"{key}-summary", markdown=as_markdown(report))
 
 
 def _asked_by() -> str:

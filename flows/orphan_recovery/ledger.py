@@ -31,12 +31,10 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, insert
 from orphan_recovery.database import Executor
 from orphan_recovery.detect import Fleet
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.runs import DEFAULT_TABLE
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.verdict import Outcome, Verdict
 
 SCHEMA: Final = "orphan_recovery"
-DEFAULT_TARGET: Final = "default"
 DEAD_AFTER: Final = timedelta(hours=1)
 """A sweep that is open and gave no verdict for so long is taken for dead and closed."""
 
@@ -58,6 +56,7 @@ sweeps: Final = Table(
     Column("in_flight", Integer),
     Column("undatable", Integer),
     Column("ahead", Integer),
+    Column("exempt", Integer),
     Column("ended_at", _AWARE),
     Column("ended_as", Text),
     Column("detected", Integer),
@@ -126,6 +125,7 @@ async def open_sweep(db: Executor, request: SweepRequest, fleet: Fleet) -> None:
         "in_flight": fleet.in_flight,
         "undatable": fleet.undatable,
         "ahead": fleet.ahead,
+        "exempt": fleet.exempt,
         "opened_at": fleet.seen_at,
     }
     await db.execute(insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing())
@@ -137,14 +137,14 @@ async def note_direct_call(db: Executor, request: SweepRequest) -> None:
     await db.execute(insert(sweeps).values(**_identity(request), **ended).on_conflict_do_nothing())
 
 
-async def record(db: Executor, found: Sequence[Verdict], reason: str) -> None:
+async def record(db: Executor, request: SweepRequest, found: Sequence[Verdict]) -> None:
     """Write down verdicts that changed no run: misses and failures. Does not commit.
 
     What the ledger has already for the same sweep and run stands; so a failure that is recorded
     late never covers up a mark whose acknowledgement was lost.
     """
     for start in range(0, len(found), 500):  # a statement takes no more than 65,535 values
-        rows = [_row(verdict, reason) for verdict in found[start : start + 500]]
+        rows = [_row(verdict, request) for verdict in found[start : start + 500]]
         await db.execute(insert(verdicts).values(rows).on_conflict_do_nothing())
 
 
@@ -207,8 +207,8 @@ _NOW: Final = func.statement_timestamp(type_=_AWARE)
 def _identity(request: SweepRequest) -> dict[str, Any]:
     return {
         "sweep_id": request.sweep_id,
-        "target": DEFAULT_TARGET,
-        "table_name": DEFAULT_TABLE,
+        "target": request.target.name,
+        "table_name": request.target.table,
         "asked_by": request.asked_by,
         "reason": request.reason,
         "threshold": request.threshold,
@@ -217,23 +217,23 @@ def _identity(request: SweepRequest) -> dict[str, Any]:
     }
 
 
-def _row(verdict: Verdict, reason: str) -> dict[str, Any]:
+def _row(verdict: Verdict, request: SweepRequest) -> dict[str, Any]:
     run = verdict.run
     return {
         "sweep_id": run.sweep_id,
         "run_id": run.id,
-        "target": DEFAULT_TARGET,
+        "target": request.target.name,
         "outcome": verdict.outcome.value,
         "worker_id": run.worker_id,
         "tenant_id": run.tenant_id,
         "task": run.task,
-        "status_seen": run.status.value,
+        "status_seen": run.status,
         "sign_of_life": run.sign_of_life,
         "evidence": run.evidence.value,
         "silence": verdict.silence if verdict.silence is not None else run.silence,
         "threshold": run.threshold,
-        "rule": run.rule.value,
-        "reason": reason,
+        "rule": run.rule,
+        "reason": request.reason_for(run),
         "judged_at": verdict.judged_at or _NOW,
         "found": verdict.found,
         "error": verdict.error,

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Insert,
     Interval,
     RowMapping,
+    Select,
     Text,
     and_,
     cast,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    null,
     select,
     update,
 )
@@ -31,16 +33,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from orphan_recovery.database import Executor
-from orphan_recovery.ledger import (
-    DEFAULT_TARGET,
-    note_direct_call,
-    record,
-    require_ledger,
-    verdicts,
-)
+from orphan_recovery.ledger import note_direct_call, record, require_ledger, verdicts
 from orphan_recovery.log import logger
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
-from orphan_recovery.runs import TERMINAL, RunsTable, RunStatus, WorkerRun, runs_table
+from orphan_recovery.rules import threshold_of
+from orphan_recovery.run import WorkerRun
+from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.targets import Target, find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
 _AWARE = TIMESTAMP(timezone=True)
@@ -74,17 +73,16 @@ async def mark_run_as_crashed(
     """
     check_reason(reason)
     await require_ledger(session)
-    await note_direct_call(
-        session,
-        SweepRequest(
-            threshold_minutes=max(1, int(run.threshold.total_seconds() // 60)),
-            asked_by="mark_run_as_crashed",
-            reason=reason,
-            sweep_id=run.sweep_id,
-        ),
+    request = SweepRequest(
+        asked_by="mark_run_as_crashed",
+        target=find_target(run.target),
+        threshold_minutes=max(1, int(run.threshold.total_seconds() // 60)),
+        reason=reason,
+        sweep_id=run.sweep_id,
     )
-    verdict = await mark_one(session, run, reason)
-    log_verdict(verdict, reason)
+    await note_direct_call(session, request)
+    verdict = await mark_one(session, request, run)
+    log_verdict(verdict, request)
     return verdict.outcome is Outcome.MARKED
 
 
@@ -103,14 +101,14 @@ class UndecidedError(RuntimeError):
 
 
 async def mark(
-    db: Executor, runs: Sequence[WorkerRun], reason: str, *, skip_locked: bool = False
+    db: Executor, request: SweepRequest, runs: Sequence[WorkerRun], *, skip_locked: bool = False
 ) -> list[Verdict | None]:
     """Give the verdict on each of ``runs``, and record it. Does not commit.
 
     Args:
         db: an open transaction; the sweep must be in the ledger.
-        runs: detected orphans of one sweep, at least one; none twice.
-        reason: what the error text of a marked run begins with.
+        request: the sweep that detected them.
+        runs: detected orphans of that sweep, at least one; none twice.
         skip_locked: do not wait for rows that another transaction holds.
 
     Returns:
@@ -121,7 +119,10 @@ async def mark(
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back,
             and no verdict stands.
     """
-    table = await runs_table(db)
+    table = await runs_table(db, request.target)
+    if table.elsewhere:
+        await db.execute(_lock(table, request, runs, skip_locked))
+    statement = _mark(table, request, runs, skip_locked)
     marked = {
         row["run_id"]: Verdict(
             run=run,
@@ -129,30 +130,30 @@ async def mark(
             judged_at=row["judged_at"],
             silence=row["silence"],
         )
-        for row in (await db.execute(_mark(table, runs, reason, skip_locked))).mappings()
+        for row in (await db.execute(statement)).mappings()
         for run in runs
         if run.id == row["run_id"]
     }
     left = [run for run in runs if run.id not in marked]
-    named = await _name_misses(db, table, left) if left else {}
-    await record(db, [v for v in named.values() if v is not None and v.is_miss], reason)
+    named = await _name_misses(db, table, request, left) if left else {}
+    await record(db, request, [v for v in named.values() if v is not None and v.is_miss])
     return [marked.get(run.id) or named[run.id] for run in runs]
 
 
-async def mark_one(db: Executor, run: WorkerRun, reason: str) -> Verdict:
+async def mark_one(db: Executor, request: SweepRequest, run: WorkerRun) -> Verdict:
     """Give and record the verdict on one run, waiting for its row. Does not commit.
 
     Raises:
         UndecidedError: no verdict could be given.
         sqlalchemy.exc.DBAPIError: any database error, a lock time-out among them.
     """
-    [verdict] = await mark(db, [run], reason)
+    [verdict] = await mark(db, request, [run])
     if verdict is None:
         raise UndecidedError(run)
     return verdict
 
 
-async def settle(db: Executor, failed: Sequence[Verdict], reason: str) -> list[Verdict]:
+async def settle(db: Executor, request: SweepRequest, failed: Sequence[Verdict]) -> list[Verdict]:
     """Look once more at runs whose mark failed, and record what they are. Does not commit.
 
     A try whose acknowledgement was lost has left its verdict in the ledger, and a run may have
@@ -163,66 +164,83 @@ async def settle(db: Executor, failed: Sequence[Verdict], reason: str) -> list[V
     """
     if not failed:
         return []
-    named = await _name_misses(db, await runs_table(db), [verdict.run for verdict in failed])
+    table = await runs_table(db, request.target)
+    named = await _name_misses(db, table, request, [verdict.run for verdict in failed])
     settled = []
     for verdict in failed:
         now = named[verdict.run.id]
         settled.append(verdict if now is None or now.outcome is Outcome.FAILED else now)
-    await record(db, [v for v in settled if v.outcome is not Outcome.MARKED], reason)
+    await record(db, request, [v for v in settled if v.outcome is not Outcome.MARKED])
     return settled
 
 
-def _mark(table: RunsTable, runs: Sequence[WorkerRun], reason: str, skip_locked: bool) -> Insert:
+def _lock(
+    table: RunsTable, request: SweepRequest, runs: Sequence[WorkerRun], skip_locked: bool
+) -> Select[Any]:
+    """Lock the rows before they are judged.
+
+    A lock that is waited for shows the row as it stands then, but all else as it stood when the
+    statement began. A worker may have beaten meanwhile in a row of its own; so where signs of
+    life are kept elsewhere, the waiting is done here, and the verdict's statement looks afresh.
+    """
+    seen = _as_seen(request, runs)
+    return (
+        select(*table.key)
+        .select_from(table.table.join(seen, table.is_row(seen.c.run_id)))
+        .order_by(*table.key)
+        .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
+    )
+
+
+def _mark(
+    table: RunsTable, request: SweepRequest, runs: Sequence[WorkerRun], skip_locked: bool
+) -> Insert:
     """Lock, judge, mark and record: one statement, so that none of it stands without the rest."""
-    row, seen, sweep_id = table.columns, _as_seen(runs), _sweep_of(runs)
+    seen, sweep_id = _as_seen(request, runs), _sweep_of(runs)
     has_verdict = (
         select(verdicts.c.run_id)
-        .where(verdicts.c.sweep_id == sweep_id, verdicts.c.run_id == seen.c.id)
+        .where(verdicts.c.sweep_id == sweep_id, verdicts.c.run_id == seen.c.run_id)
         .exists()
     )
     locked = (
-        select(row.id, seen.c.id.label("run_id"), *(seen.c[n] for n in _EVIDENCE))
-        .select_from(table.table)
-        .join(seen, row.id == table.as_key(seen.c.id))
+        select(
+            *table.key,
+            *(seen.c[name] for name in ("run_id", "reason", *_EVIDENCE)),
+            *(table.text(role).label(role) for role in _WHOSE),
+        )
+        .select_from(table.reads_from(seen))
         .where(
             table.in_flight,  # it finished first
             table.text("status") == seen.c.status,  # it was started, or put back
             table.text("worker_id").is_not_distinct_from(seen.c.worker_id),  # it changed hands
             table.sign_of_life == seen.c.sign_of_life,  # it beat
             table.sign_of_life <= _NOW - seen.c.threshold,  # silent, by the database's clock now
+            table.sign_of_life <= _NOW - threshold_of(table, seen.c.threshold),  # and by its rule
             ~has_verdict,  # an earlier try of this sweep was heard after all
         )
-        .order_by(row.id)  # two sweeps lock in the same order: no deadlock
+        .order_by(*table.key)  # two sweeps lock in the same order: no deadlock
         .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
         .cte("locked")
     )
     marked = (
         update(table.table)
-        .where(row.id == locked.c.id)
-        .values(
-            status=literal(RunStatus.CRASHED.value, row.status.type),
-            success=False,
-            error=_error_text(locked, reason, sweep_id),
-            completed_at=table.stored("completed_at", _NOW),
-        )
+        .where(*(column == locked.c[column.key] for column in table.key))
+        .values(_crash(table, locked, sweep_id))
         .returning(
-            locked.c.run_id,
-            *(locked.c[n] for n in _EVIDENCE),
-            *(table.text(n).label(n) for n in ("worker_id", "tenant_id", "task")),
+            # As it was before: the mark may have released its worker.
+            *(locked.c[name] for name in ("run_id", "reason", *_EVIDENCE, *_WHOSE))
         )
         .cte("marked")
     )
     recorded = {
         "sweep_id": literal(sweep_id, verdicts.c.sweep_id.type),
-        "target": literal(DEFAULT_TARGET),
+        "target": literal(request.target.name),
         "outcome": literal(Outcome.MARKED.value),
-        "reason": literal(reason),
         "judged_at": _NOW,
         "silence": _NOW - marked.c.sign_of_life,
-        "run_id": marked.c.run_id,
         "status_seen": marked.c.status,
-        **{n: marked.c[n] for n in ("worker_id", "tenant_id", "task")},
-        **{n: marked.c[n] for n in ("sign_of_life", "evidence", "threshold", "rule")},
+        **{name: marked.c[name] for name in ("run_id", "reason", *_WHOSE)},
+        **{name: marked.c[name] for name in ("sign_of_life", "evidence", "threshold", "rule")},
     }
     return (
         insert(verdicts)
@@ -231,31 +249,52 @@ def _mark(table: RunsTable, runs: Sequence[WorkerRun], reason: str, skip_locked:
     )
 
 
+_WHOSE = ("worker_id", "tenant_id", "task")
 _EVIDENCE = ("status", "sign_of_life", "evidence", "threshold", "rule")
 
 
-def _as_seen(runs: Sequence[WorkerRun]) -> TableValuedAlias:
+def _crash(table: RunsTable, seen: CTE, sweep_id: UUID) -> dict[Any, Any]:
+    """What a crashed row holds: of its columns, those that the table has."""
+    row, facts = table.columns, table.facts
+    values: dict[Any, Any] = {row.status: literal(table.target.crashed, facts["status"].type)}
+    if "success" in facts:
+        values[row.success] = literal(False)
+    if "completed_at" in facts:
+        values[row.completed_at] = table.stored("completed_at", _NOW)
+    if "error" in facts:
+        told = _error_text(seen, sweep_id)
+        if facts["error"].length is not None:
+            told = func.left(told, facts["error"].length)
+        if not facts["error"].is_text:
+            told = func.to_jsonb(cast(told, Text))
+        values[row.error] = cast(told, facts["error"].type)
+    return {**values, **dict.fromkeys(table.released, null())}
+
+
+def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> TableValuedAlias:
     """The snapshots as a table, one array a column: one plan for one run or a thousand."""
     columns: dict[str, tuple[Any, list[Any]]] = {
-        "id": (Text(), [run.id for run in runs]),
-        "status": (Text(), [run.status.value for run in runs]),
+        "run_id": (Text(), [run.id for run in runs]),
+        "status": (Text(), [run.status for run in runs]),
         "worker_id": (Text(), [run.worker_id for run in runs]),
         "sign_of_life": (_AWARE, [run.sign_of_life for run in runs]),
         "evidence": (Text(), [run.evidence.value for run in runs]),
         "threshold": (Interval(), [run.threshold for run in runs]),
-        "rule": (Text(), [run.rule.value for run in runs]),
+        "rule": (Text(), [run.rule for run in runs]),
+        "reason": (Text(), [request.reason_for(run) for run in runs]),
     }
     arrays = [literal(values, ARRAY(kind)) for kind, values in columns.values()]
     names = [column(name, kind) for name, (kind, _) in columns.items()]
     return func.unnest(*arrays).table_valued(*names, name="seen").render_derived()
 
 
-def _error_text(seen: CTE, reason: str, sweep_id: UUID) -> ColumnElement[str]:
+def _error_text(seen: CTE, sweep_id: UUID) -> ColumnElement[str]:
     """The reason, and the evidence in a line that a person can read."""
     at = func.to_char(func.timezone("UTC", seen.c.sign_of_life), "YYYY-MM-DD HH24:MI:SS")
     silence = func.date_trunc("second", _NOW - seen.c.sign_of_life)
     return func.concat(
-        f"{reason}; last sign of life ",
+        seen.c.reason,
+        "; last sign of life ",
         at,
         " UTC (",
         seen.c.evidence,
@@ -268,47 +307,47 @@ def _error_text(seen: CTE, reason: str, sweep_id: UUID) -> ColumnElement[str]:
 
 
 async def _name_misses(
-    db: Executor, table: RunsTable, runs: Sequence[WorkerRun]
+    db: Executor, table: RunsTable, request: SweepRequest, runs: Sequence[WorkerRun]
 ) -> dict[str, Verdict | None]:
     """Say why each of ``runs`` was left alone, from the row and the ledger as they stand now."""
-    row, seen, sweep_id = table.columns, _as_seen(runs), _sweep_of(runs)
+    seen, sweep_id = _as_seen(request, runs), _sweep_of(runs)
     own, other = verdicts.alias("own"), verdicts.alias("other")
     marked_by_another = (
         select(other.c.run_id)
         .where(
-            other.c.target == DEFAULT_TARGET,
-            other.c.run_id == seen.c.id,
+            other.c.target == request.target.name,
+            other.c.run_id == seen.c.run_id,
             other.c.outcome == Outcome.MARKED.value,
             other.c.sweep_id != sweep_id,
         )
         .exists()
     )
-    statement = (
-        select(
-            seen.c.id.label("run_id"),
-            row.id.is_(None).label("vanished"),
-            table.text("status").label("status"),
-            table.text("worker_id").label("worker_id"),
-            cast(table.sign_of_life, Text).label("sign_of_life"),  # text: it may be infinity
-            table.text("completed_at").label("completed_at"),
-            table.text("worker_id").is_not_distinct_from(seen.c.worker_id).label("same_worker"),
-            (table.text("status") == seen.c.status).label("same_status"),
-            table.sign_of_life.is_not_distinct_from(seen.c.sign_of_life).label("same_sign"),
-            (table.sign_of_life <= _NOW - seen.c.threshold).label("silent"),
-            own.c.outcome.label("own_outcome"),
-            func.coalesce(own.c.judged_at, _NOW).label("judged_at"),
-            own.c.silence.label("own_silence"),
-            marked_by_another.label("marked_by_another"),
+    threshold = func.greatest(seen.c.threshold, threshold_of(table, seen.c.threshold))
+    statement = select(
+        seen.c.run_id,
+        table.key[0].is_(None).label("vanished"),
+        table.text("status").label("status"),
+        table.text("worker_id").label("worker_id"),
+        cast(table.sign_of_life, Text).label("sign_of_life"),  # text: it may be infinity
+        table.text("completed_at").label("completed_at"),
+        table.text("worker_id").is_not_distinct_from(seen.c.worker_id).label("same_worker"),
+        (table.text("status") == seen.c.status).label("same_status"),
+        table.sign_of_life.is_not_distinct_from(seen.c.sign_of_life).label("same_sign"),
+        (table.sign_of_life <= _NOW - threshold).label("silent"),
+        own.c.outcome.label("own_outcome"),
+        func.coalesce(own.c.judged_at, _NOW).label("judged_at"),
+        own.c.silence.label("own_silence"),
+        marked_by_another.label("marked_by_another"),
+    ).select_from(
+        table.reads_from(seen, outer=True).join(
+            own, and_(own.c.sweep_id == sweep_id, own.c.run_id == seen.c.run_id), isouter=True
         )
-        .select_from(seen)
-        .join(table.table, row.id == table.as_key(seen.c.id), isouter=True)
-        .join(own, and_(own.c.sweep_id == sweep_id, own.c.run_id == seen.c.id), isouter=True)
     )
     rows = {r["run_id"]: r for r in (await db.execute(statement)).mappings()}
     named: dict[str, Verdict | None] = {}
     for run in runs:
         now = rows[run.id]
-        outcome = _outcome_of_miss(now)
+        outcome = _outcome_of_miss(request.target, now)
         found = {name: now[name] for name in ("status", "worker_id", "sign_of_life")}
         found["completed_at"] = now["completed_at"]
         if outcome is None:
@@ -324,13 +363,13 @@ async def _name_misses(
     return named
 
 
-def _outcome_of_miss(now: RowMapping) -> Outcome | None:
+def _outcome_of_miss(target: Target, now: RowMapping) -> Outcome | None:
     if now["own_outcome"] is not None:
         return Outcome(now["own_outcome"])  # this sweep's earlier try, unacknowledged
     if now["vanished"]:
         return Outcome.VANISHED
-    if now["status"] in TERMINAL:
-        crashed = now["status"] == RunStatus.CRASHED and now["marked_by_another"]
+    if now["status"] not in (*target.in_flight, *target.waiting):
+        crashed = now["status"] == target.crashed and now["marked_by_another"]
         return Outcome.ALREADY_MARKED if crashed else Outcome.FINISHED_FIRST
     if not now["same_worker"]:
         return Outcome.CHANGED_HANDS
@@ -344,18 +383,19 @@ def _sweep_of(runs: Sequence[WorkerRun]) -> UUID:
     return sweep_id
 
 
-def log_verdict(verdict: Verdict, reason: str) -> None:
+def log_verdict(verdict: Verdict, request: SweepRequest) -> None:
     """Emit the event of one verdict. Misses have none of their own: the summary counts them."""
     run = verdict.run
     fields = {
         "run_id": run.id,
+        "target": run.target,
         "worker_id": run.worker_id,
         "tenant_id": run.tenant_id,
         "evidence": run.evidence.value,
         "sign_of_life": run.sign_of_life.isoformat(),
         "threshold_seconds": run.threshold.total_seconds(),
         "sweep_id": str(run.sweep_id),
-        "reason": reason,
+        "reason": request.reason_for(run),
     }
     if verdict.outcome is Outcome.MARKED:
         silence = verdict.silence.total_seconds() if verdict.silence else None

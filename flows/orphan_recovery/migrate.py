@@ -6,24 +6,31 @@ adopted (missing columns are added, nothing is rewritten), indexes are built con
 lock that cannot be had within seconds is given up with a clear error, to be tried again.
 """
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, create_engine, func, select, text
+from sqlalchemy import URL, Connection, create_engine, exists, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, database_url
-from orphan_recovery.ledger import SCHEMA
+from orphan_recovery.catalog import Relation
+from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address
+from orphan_recovery.ddl import Change, changes, undoing
+from orphan_recovery.ledger import SCHEMA, sweeps
 from orphan_recovery.policy import sqlstate
+from orphan_recovery.runs import describe_runs
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Target, find_target
 
 LOCK_TIMEOUT_MS: Final = 5_000
 WAIT_SECONDS: Final = 60
@@ -31,64 +38,165 @@ _ADVISORY_KEY: Final = 0x6F727068  # "orph"
 VERSION_TABLE: Final = "schema_version"
 
 
-def migrate(url: URL | None = None, revision: str = "head") -> tuple[str | None, str | None]:
-    """Apply the schema, up to ``revision``. Commits. Again and again without harm.
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """What a migration did."""
+
+    before: str
+    after: str
+    """The revisions that the database was and is at, such as ``ledger_0001, runs_0001``; none."""
+    done: tuple[str, ...]
+    """What it made or took away, in words; empty if there was nothing to do."""
+
+
+def migrate(target: Target | None = None, url: URL | None = None) -> Migration:
+    """Bring a target's database up to date. Commits. Again and again without harm.
+
+    The ledger; the default table, if that is the target (created, or the one that is there
+    adopted); the index that serves detection; the truth trigger, where it is wanted. Of a table
+    that is described in the file of targets nothing else is touched.
 
     Args:
-        url: the database; without it, the environment's.
-        revision: how far, as Alembic names it.
+        target: which; without it, the one that is meant by default.
+        url: its database; without it, the target's own address.
 
     Returns:
-        The revision before and the revision after; None stands for no schema at all.
+        What was done.
 
     Raises:
-        ConfigurationError: the address cannot be used, the table that is there cannot be
-            adopted, or a lock was not to be had in time.
+        ConfigurationError: the address or the target cannot be used, the table that is there
+            cannot be adopted, or a lock was not to be had in time.
         sqlalchemy.exc.DBAPIError: as the database raised it.
     """
-    return _run(url, lambda config: command.upgrade(config, revision))
+    target = target or find_target()
+
+    def step(connection: Connection, config: Config) -> list[str]:
+        if not target.is_default_table:
+            describe_runs(connection, target)  # or refuse it, before anything is written
+        for branch in _branches(target):
+            command.upgrade(config, f"{branch}@head")
+        made = changes(connection, describe_runs(connection, target))
+        connection.commit()
+        _execute(connection, made)
+        return [change.why for change in made]
+
+    return _run(target, url, step)
 
 
-def unmigrate(url: URL | None = None, revision: str = "base") -> tuple[str | None, str | None]:
-    """Take the schema away, down to ``revision``. Commits.
+def unmigrate(target: Target | None = None, url: URL | None = None) -> Migration:
+    """Take away what :func:`migrate` made. Commits.
 
     An adopted runs table and its rows stay. A table that was created here is dropped only when
     it is empty, and the ledger only when it is empty.
 
-    Returns:
-        The revision before and the revision after.
-
     Raises:
         ConfigurationError: what is still there would be lost; the message says what to do.
     """
+    target = target or find_target()
 
-    def step(config: Config) -> None:
-        command.downgrade(config, revision)
-        connection = config.attributes["connection"]
-        if current_revision(connection) is None:  # leave nothing behind
+    def step(connection: Connection, config: Config) -> list[str]:
+        if not revisions(connection):
+            return []
+        if connection.scalar(select(exists().select_from(sweeps))):
+            raise ConfigurationError(
+                "the ledger holds sweeps, which a downgrade would destroy: keep a copy, then drop "
+                f"the schema yourself with DROP SCHEMA {SCHEMA} CASCADE"
+            )
+        runs = describe_runs(connection, target)
+        guarded = text(GUARDED_TABLES)
+        if others := list(connection.scalars(guarded, {"own": runs.relation.oid})):
+            raise ConfigurationError(
+                f"the truth trigger also guards {', '.join(others)}: take it from there first, "
+                "with `orphan-recovery migrate --down --target …`"
+            )
+        undone = undoing(connection, runs)
+        connection.commit()
+        _execute(connection, undone)
+        for branch in reversed(_branches(target)):
+            command.downgrade(config, f"{branch}@base")
+        if not revisions(connection):  # leave nothing behind
             connection.execute(text(f"DROP TABLE {SCHEMA}.{VERSION_TABLE}"))
             connection.execute(text(f"DROP SCHEMA {SCHEMA}"))
         connection.commit()
+        return [change.why for change in undone]
 
-    return _run(url, step)
+    return _run(target, url, step)
 
 
-def current_revision(connection: Connection) -> str | None:
-    """The revision that the database is at, or None if it has no schema of ours."""
+GUARDED_TABLES: Final = """
+SELECT t.tgrelid::regclass::text FROM pg_trigger t
+WHERE t.tgfoid = to_regprocedure('orphan_recovery.prevent_worker_run_mutation()')
+  AND t.tgrelid <> :own ORDER BY 1
+"""
+
+
+def revisions(connection: Connection) -> tuple[str, ...]:
+    """The revisions that the database is at; none if it has no schema of ours."""
     options = {"version_table": VERSION_TABLE, "version_table_schema": SCHEMA}
-    return MigrationContext.configure(connection, opts=options).get_current_revision()
+    context = MigrationContext.configure(connection, opts=options)
+    return tuple(sorted(context.get_current_heads()))
 
 
-def newest_revision() -> str:
-    """The revision that this version of the package brings."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None  # noqa: S101 - the package ships at least one
-    return head
+def newest_revisions(target: Target) -> tuple[str, ...]:
+    """The revisions that this version of the package brings for a target."""
+    script = ScriptDirectory.from_config(_config())
+    return tuple(sorted(script.get_revision(f"{b}@head").revision for b in _branches(target)))
 
 
-def _run(url: URL | None, step: Callable[[Config], None]) -> tuple[str | None, str | None]:
+def ledger_sql() -> str:
+    """The statements that make the ledger in a database that has none, for a DBA to read."""
+    config, written = _config(), io.StringIO()
+    config.output_buffer = written
+    command.upgrade(config, "ledger@head", sql=True)
+    return f"CREATE SCHEMA {SCHEMA};\n\n{written.getvalue()}"
+
+
+def default_table_ddl(found: Relation | None) -> tuple[list[str], dict[str, str]]:
+    """What makes the default table of what is there, and the columns it adds with their types."""
+    script = ScriptDirectory.from_config(_config()).get_revision("runs@head").module
+    types = {name: fact.declared for name, fact in found.columns.items()} if found else None
+    own = {"id": "text", "status": "text", **script.ADDITIONS}
+    key = types["id"] if types and "id" in types else "text"
+    added = {
+        name: kind.format(key=key).split(" DEFAULT")[0]
+        for name, kind in own.items()
+        if name not in (types or ())
+    }
+    return script.statements(types), added
+
+
+def _branches(target: Target) -> tuple[str, ...]:
+    # The runs first: a table that cannot be adopted is refused before anything is made.
+    return ("runs", "ledger") if target.is_default_table else ("ledger",)
+
+
+def _execute(connection: Connection, made: list[Change]) -> None:
+    for change in made:
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)  # noqa: S101 - the only driver there is
+        driver.autocommit = change.alone
+        if change.alone:
+            # A concurrent build waits for the transactions that are open when it starts. It holds
+            # nobody up meanwhile, so it may wait longer than a lock.
+            driver.execute(f"SET lock_timeout = '{WAIT_SECONDS}s'")
+        try:
+            for statement in change.statements:
+                driver.execute(statement)
+            if not change.alone:
+                driver.commit()
+        finally:
+            if change.alone:
+                driver.execute(f"SET lock_timeout = {LOCK_TIMEOUT_MS}")
+            else:
+                driver.rollback()
+            driver.autocommit = False
+
+
+def _run(
+    target: Target, url: URL | None, step: Callable[[Connection, Config], list[str]]
+) -> Migration:
     engine = create_engine(
-        url or database_url(),
+        url or address(target),
         poolclass=NullPool,
         hide_parameters=True,
         connect_args={
@@ -98,17 +206,16 @@ def _run(url: URL | None, step: Callable[[Config], None]) -> tuple[str | None, s
     )
     try:
         with engine.connect() as connection, _alone(connection):
-            before = current_revision(connection)
+            before = revisions(connection)
             connection.commit()
             config = _config()
             config.attributes["connection"] = connection
             connection.execute(select(func.set_config("lock_timeout", str(LOCK_TIMEOUT_MS), False)))
             connection.commit()
-            step(config)
-            after = current_revision(connection)
+            done = step(connection, config)
+            after = revisions(connection)
             connection.commit()
-            return before, after
-    except DBAPIError as error:
+    except (DBAPIError, psycopg.Error) as error:
         if sqlstate(error) == "55P03":
             raise ConfigurationError(
                 f"a lock on the runs table was not to be had within {LOCK_TIMEOUT_MS // 1000} "
@@ -118,6 +225,8 @@ def _run(url: URL | None, step: Callable[[Config], None]) -> tuple[str | None, s
         raise
     finally:
         engine.dispose()
+    changed = [f"revision {name}" for name in sorted({*before} ^ {*after})]
+    return Migration(", ".join(before) or "none", ", ".join(after) or "none", (*changed, *done))
 
 
 def _config() -> Config:

@@ -16,7 +16,14 @@ from typing import Any, Final, TypeVar
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery import RECOVERY_ENABLED
-from orphan_recovery.database import POOL_SIZE, Executor, describe, make_engine, transaction
+from orphan_recovery.database import (
+    POOL_SIZE,
+    Executor,
+    address,
+    describe,
+    make_engine,
+    transaction,
+)
 from orphan_recovery.detect import Fleet, detect, look_at_fleet
 from orphan_recovery.ledger import close_sweep, open_sweep, require_ledger
 from orphan_recovery.log import logger
@@ -24,13 +31,14 @@ from orphan_recovery.mark import log_verdict, mark, mark_one, settle
 from orphan_recovery.policy import is_outage, retrying
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.runs import WorkerRun
+from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import (
     ENABLED_VARIABLE,
     ConfigurationError,
     check_threshold,
     load_settings,
 )
+from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
 T = TypeVar("T")
@@ -42,30 +50,52 @@ PAGE: Final = 500
 async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[str, Any]:
     """Detect and mark all orphans: for a worker's start-up, and for operations scripts.
 
-    Opens its own connections to ``ORPHAN_RECOVERY_DATABASE_URL``, else ``DATABASE_URL``, commits
-    in batches of at most 500 runs, and may be called by any number of workers at once.
+    Of the target that is meant by default (see :func:`recover_target` for another). Opens its own
+    connections, commits in batches of at most 500 runs, and may be called by any number of
+    workers at once.
 
     Args:
         threshold_minutes: the silence that makes an orphan, in whole minutes, at least 1; None
-            for ``ORPHAN_THRESHOLD_MINUTES``.
+            for the target's own, which is ``ORPHAN_THRESHOLD_MINUTES`` unless it says otherwise.
 
     Returns:
         ``enabled``; in runs: ``detected``, ``recovered`` (marked), ``skipped`` (no orphan any
         more) and ``failed``; ``runs``, a list of at most 1,000 with outcome and evidence,
         failures first; ``error``, None or what stopped the sweep before its end, such as a
-        database that cannot be reached. Further: ``dry_run, sweep_id, threshold_minutes,
-        outcomes, in_flight, undatable, ahead, message``. With recovery switched off, ``enabled``
-        is False and the database is not touched.
+        database that cannot be reached. Further: ``target, dry_run, sweep_id, threshold_minutes,
+        outcomes, in_flight, undatable, ahead, exempt, message``. With recovery switched off,
+        ``enabled`` is False and the database is not touched.
 
     Raises:
-        ConfigurationError: the threshold, or a variable, holds a value that cannot be used.
-            Nothing else is raised: neither a bad run nor a lost database stops a worker's start.
+        ConfigurationError: the threshold, a variable or the file of targets holds a value that
+            cannot be used. Nothing else is raised: neither a bad run nor a lost database stops a
+            worker's start.
     """
-    settings = load_settings()
-    minutes = settings.threshold_minutes
+    return await recover_target(None, threshold_minutes)
+
+
+async def recover_target(
+    target: str | None, threshold_minutes: int | None = None
+) -> dict[str, Any]:
+    """As :func:`recover_orphaned_runs`, for the target of that name in the file of targets.
+
+    Args:
+        target: its name; None for the one that is meant by default.
+        threshold_minutes: as there. The target's rules come before it.
+
+    Returns:
+        As there.
+
+    Raises:
+        ConfigurationError: as there, or there is no such target.
+    """
     if threshold_minutes is not None:
-        minutes = check_threshold(threshold_minutes)
-    request = SweepRequest(threshold_minutes=minutes, asked_by=whoami("recover_orphaned_runs"))
+        check_threshold(threshold_minutes)
+    request = SweepRequest(
+        asked_by=whoami("recover_orphaned_runs"),
+        target=find_target(target),
+        threshold_minutes=threshold_minutes,
+    )
     try:
         report = await run_sweep(request)
     except Exception as error:
@@ -78,7 +108,7 @@ async def run_sweep(request: SweepRequest) -> SweepReport:
     """One whole sweep in this process: detect, mark page by page, summarise.
 
     Args:
-        request: scope, threshold, reason, and whether to write at all.
+        request: which target, scope, threshold, reason, and whether to write at all.
 
     Returns:
         The report. Its ``error`` says what ended the sweep early, if something did.
@@ -89,7 +119,7 @@ async def run_sweep(request: SweepRequest) -> SweepReport:
     report = SweepReport(request)
     if is_enabled():
         log_start(request)
-        engine = make_engine()
+        engine = make_engine(address(request.target))
         try:
             await _sweep(engine, request, report)
         finally:
@@ -166,7 +196,7 @@ async def finish(
     """
     if request.dry_run:
         return []
-    settled = await settle(db, failed, request.reason)
+    settled = await settle(db, request, failed)
     await close_sweep(db, request, detected=detected, error=error)
     return settled
 
@@ -189,7 +219,7 @@ async def _judge_all(
         report.saw(page)
         log_detected(page)
         if not request.dry_run:
-            verdicts = await _mark_page(engine, page, request.reason)
+            verdicts = await _mark_page(engine, request, page)
             held += [run for run, verdict in zip(page, verdicts, strict=True) if verdict is None]
             given = [verdict for verdict in verdicts if verdict is not None]
             failed += [v for v in given if v.outcome is Outcome.FAILED]
@@ -197,7 +227,7 @@ async def _judge_all(
     # Last, so that a row which somebody holds for long delays no other.
     waiting = asyncio.Semaphore(POOL_SIZE)
     for verdict in await asyncio.gather(
-        *(_mark_held(engine, run, request.reason, waiting) for run in held)
+        *(_mark_held(engine, request, run, waiting) for run in held)
     ):
         if verdict.outcome is Outcome.FAILED:
             failed.append(verdict)
@@ -207,38 +237,38 @@ async def _judge_all(
 
 
 async def _mark_page(
-    engine: AsyncEngine, runs: list[WorkerRun], reason: str
+    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
 ) -> list[Verdict | None]:
     """Mark a page in one transaction; if it fails, its halves, down to the one bad row."""
 
     try:
         verdicts = await _in_transaction(
-            engine, lambda db: mark(db, runs, reason, skip_locked=True)
+            engine, lambda db: mark(db, request, runs, skip_locked=True)
         )
     except Exception as error:
         if is_outage(error):
             raise
         if len(runs) == 1:
-            return [_failure(runs[0], error, reason)]
+            return [_failure(request, runs[0], error)]
         middle = len(runs) // 2
-        first = await _mark_page(engine, runs[:middle], reason)
-        return first + await _mark_page(engine, runs[middle:], reason)
+        first = await _mark_page(engine, request, runs[:middle])
+        return first + await _mark_page(engine, request, runs[middle:])
     for verdict in verdicts:
         if verdict is not None:
-            log_verdict(verdict, reason)
+            log_verdict(verdict, request)
     return verdicts
 
 
 async def _mark_held(
-    engine: AsyncEngine, run: WorkerRun, reason: str, at_once: asyncio.Semaphore
+    engine: AsyncEngine, request: SweepRequest, run: WorkerRun, at_once: asyncio.Semaphore
 ) -> Verdict:
     """Mark a run whose row somebody held, waiting for it this time."""
     async with at_once:
         try:
-            verdict = await _in_transaction(engine, lambda db: mark_one(db, run, reason))
+            verdict = await _in_transaction(engine, lambda db: mark_one(db, request, run))
         except Exception as error:
-            return _failure(run, error, reason)
-    log_verdict(verdict, reason)
+            return _failure(request, run, error)
+    log_verdict(verdict, request)
     return verdict
 
 
@@ -253,9 +283,9 @@ async def _in_transaction(
     return result
 
 
-def _failure(run: WorkerRun, error: Exception, reason: str) -> Verdict:
+def _failure(request: SweepRequest, run: WorkerRun, error: Exception) -> Verdict:
     verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-    log_verdict(verdict, reason)
+    log_verdict(verdict, request)
     return verdict
 
 
@@ -263,7 +293,8 @@ def log_start(request: SweepRequest) -> None:
     """Emit the event of a sweep that begins."""
     fields = {
         "sweep_id": str(request.sweep_id),
-        "threshold_minutes": request.threshold_minutes,
+        "target": request.target.name,
+        "threshold_minutes": request.minutes,
         "dry_run": request.dry_run,
         "scope": request.scope,
     }
@@ -282,12 +313,22 @@ def log_end(report: SweepReport) -> None:
         logger.warning("orphan_recovery_disabled", extra={"switched_off_by": ENABLED_VARIABLE})
         return
     told = report.as_dict()
-    names = ("sweep_id", "dry_run", "detected", "recovered", "skipped", "failed", "undatable")
+    names = (
+        "target",
+        "sweep_id",
+        "dry_run",
+        "detected",
+        "recovered",
+        "skipped",
+        "failed",
+        "undatable",
+    )
     fields = {name: told[name] for name in (*names, "ahead")}
     if report.error:
         logger.error("orphan_recovery_failed", extra={**fields, "error": report.error})
         return
     if not report.detected:
-        threshold = {"threshold_minutes": report.request.threshold_minutes}
-        logger.info("no_orphaned_runs_found", extra=threshold)
+        asked = report.request
+        about = {"target": asked.target.name, "threshold_minutes": asked.minutes}
+        logger.info("no_orphaned_runs_found", extra=about)
     logger.info("orphan_recovery_complete", extra=fields)

@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from orphan_recovery.detect import Fleet
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.runs import WorkerRun
+from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import ENABLED_VARIABLE
+from orphan_recovery.targets import DEFAULT_TARGET
 from orphan_recovery.verdict import Outcome, Verdict
 
 SHOWN: Final = 1_000
@@ -77,7 +78,7 @@ class SweepReport:
         """One line that tells what happened, worst news first."""
         if not self.enabled:
             return "recovery is switched off: nothing was read and nothing was marked"
-        minutes = self.request.threshold_minutes
+        minutes = self.request.minutes
         threshold = f"{minutes} minute{'' if minutes == 1 else 's'}"
         if self.request.dry_run:
             told = f"dry run: {_runs(self.detected)} would be judged, nothing was written"
@@ -89,8 +90,14 @@ class SweepReport:
             )
         else:
             told = "no orphaned run found"
+        if self.request.target.name != DEFAULT_TARGET:
+            told = f"{self.request.target.name}: {told}"
         told += f" (threshold {threshold}"
-        told += f", {self.fleet.in_flight} in flight)" if self.fleet else ")"
+        told += " where no rule says otherwise" if self.request.target.rules else ""
+        if self.fleet:
+            told += f", {self.fleet.in_flight} in flight"
+            told += f", {self.fleet.exempt} exempt by a rule" if self.fleet.exempt else ""
+        told += ")"
         if self.error:
             told = f"stopped before its end: {self.error}; until then {told}"
         return told + "".join(f"; {warning}" for warning in self.warnings())
@@ -103,7 +110,7 @@ class SweepReport:
         if self.fleet.undatable:
             found.append(
                 f"{self.fleet.undatable} in flight without any sign of life "
-                "(created_at, started_at and heartbeat_at are all empty) cannot be judged"
+                "(all the times that would show one are empty) cannot be judged"
             )
         if self.fleet.ahead:
             workers = ", ".join(self.fleet.ahead_workers) or "no worker named"
@@ -139,7 +146,8 @@ class SweepReport:
             "enabled": self.enabled,
             "dry_run": self.request.dry_run,
             "sweep_id": str(self.request.sweep_id),
-            "threshold_minutes": self.request.threshold_minutes,
+            "target": self.request.target.name,
+            "threshold_minutes": self.request.minutes,
             "detected": self.detected,
             "recovered": self.recovered,
             "skipped": self.skipped,
@@ -148,6 +156,7 @@ class SweepReport:
             "in_flight": self.fleet.in_flight if self.fleet else None,
             "undatable": self.fleet.undatable if self.fleet else None,
             "ahead": self.fleet.ahead if self.fleet else None,
+            "exempt": self.fleet.exempt if self.fleet else None,
             "runs": [_entry(item) for item in listed],
             "error": self.error,
             "message": self.headline(),
@@ -177,6 +186,7 @@ def as_markdown(report: SweepReport) -> str:
     request = report.request
     lines = ["# Orphan recovery", "", report.headline() + ".", ""]
     lines += [f"- sweep `{request.sweep_id}`, asked for by {request.asked_by}"]
+    lines += [f"- target {_code(request.target.name)}, table {_code(request.target.table)}"]
     lines += [f"- {name}: {_code(str(value))}" for name, value in request.scope.items()]
     if report.detected and not request.dry_run:
         lines += ["", "| outcome | runs |", "|---|---|"]
@@ -206,6 +216,14 @@ _IN_WORDS: Final = {
 def iso(instant: datetime) -> str:
     """An aware time as text, in UTC and to the second."""
     return instant.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def span(length: timedelta) -> str:
+    """A length of time for people: ``30 min``, ``1 h 5 min``, ``4 s``."""
+    seconds = max(1, round(length.total_seconds()))
+    parts = [("d", seconds // 86_400), ("h", seconds // 3_600 % 24), ("min", seconds // 60 % 60)]
+    told = [f"{number} {unit}" for unit, number in (*parts, ("s", seconds % 60)) if number]
+    return " ".join(told[:2])
 
 
 def _runs(count: int) -> str:
@@ -239,6 +257,7 @@ def _entry(item: Verdict | WorkerRun) -> dict[str, Any]:
         "outcome": verdict.outcome.value if verdict else None,
         "sign_of_life": iso(run.sign_of_life),
         "evidence": run.evidence.value,
+        "rule": run.rule,
         "silence_seconds": round(silence.total_seconds()),
         "found": verdict.found if verdict else None,
         "error": verdict.error if verdict else None,

@@ -9,7 +9,9 @@ from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
+from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import ConfigurationError, check_threshold
+from orphan_recovery.targets import Target, find_target
 
 DEFAULT_REASON: Final = "orphaned: no sign of life from its worker"
 MAX_REASON_LENGTH: Final = 1_000
@@ -23,10 +25,13 @@ class SweepRequest:
         ConfigurationError: a value cannot be used; named with the way out.
     """
 
-    threshold_minutes: int
-    """The silence that makes an orphan, in whole minutes."""
     asked_by: str
     """Who or what asked, for the ledger."""
+    target: Target = field(default_factory=find_target)
+    """Which table; without it, the target that is meant by default."""
+    threshold_minutes: int | None = None
+    """The silence that makes an orphan, in whole minutes; None for the target's own. The
+    target's rules come before it either way."""
     tenant: str | None = None
     """Only runs of this tenant."""
     worker: str | None = None
@@ -40,7 +45,7 @@ class SweepRequest:
     sweep_id: UUID = field(default_factory=uuid4)
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold_minutes)
+        check_threshold(self.minutes)
         check_reason(self.reason)
         for name in ("tenant", "worker", "asked_by"):
             value = getattr(self, name)
@@ -52,8 +57,21 @@ class SweepRequest:
             )
 
     @property
+    def minutes(self) -> int:
+        """The threshold of a run that no rule matches, in whole minutes."""
+        if self.threshold_minutes is None:
+            return self.target.threshold_minutes
+        return self.threshold_minutes
+
+    @property
     def threshold(self) -> timedelta:
-        return timedelta(minutes=self.threshold_minutes)
+        return timedelta(minutes=self.minutes)
+
+    def reason_for(self, run: WorkerRun) -> str:
+        """What the error text of ``run`` begins with: who asked comes before the run's rule."""
+        if self.reason == DEFAULT_REASON and run.rule_reason:
+            return run.rule_reason
+        return self.reason
 
     @property
     def scope(self) -> dict[str, Any]:

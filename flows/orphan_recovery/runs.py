@@ -1,16 +1,18 @@
-"""The runs: the table as it stands in the database, and the frozen snapshot of one run.
+"""The runs: a target's table as it stands in the database, and the expressions that read it.
 
-The hazard is a timestamp read in the wrong zone or a type taken for another. So the table's
-columns are read from the database itself, once for each engine, and every time that leaves it
-is an aware UTC time whatever the column's type and the session's TimeZone.
+The hazard is a timestamp read in the wrong zone, or a column taken for another. So a target's
+description is held against the database's own catalogue, once for each engine, and what does not
+fit is refused before anything is read; and every time that leaves here is an aware UTC time
+whatever the column's type and the session's TimeZone.
+
+There is one set of statements for every table; the default table is just the default description.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from enum import StrEnum
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Final
-from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
@@ -18,118 +20,58 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    FromClause,
     MetaData,
     Table,
     Text,
     and_,
     case,
     cast,
+    false,
     func,
-    inspect,
     literal,
     literal_column,
+    null,
     or_,
+    select,
+    true,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
-from sqlalchemy.exc import NoSuchTableError
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.elements import quoted_name
+from sqlalchemy.sql.selectable import LateralFromClause
+from sqlalchemy.types import TypeEngine
 
+from orphan_recovery.catalog import ColumnFacts, Relation, accepts, look_up, similar
 from orphan_recovery.database import Executor
+from orphan_recovery.run import Evidence
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Columns, Target, split_table, where
 
-DEFAULT_TABLE: Final = "worker_runs"
+TIMES: Final = ("created_at", "started_at", "heartbeat_at")
+"""The run's own signs of life, by role."""
+ROLES: Final = tuple(role for role in Columns.model_fields if role != "id")
 
-
-class RunStatus(StrEnum):
-    """The statuses of a run."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CRASHED = "crashed"
+_AWARE = TIMESTAMP(timezone=True)
+_AWARE_OR_NULL: TypeEngine[datetime | None] = _AWARE  # type: ignore[assignment]
 
 
-IN_FLIGHT: Final = (RunStatus.QUEUED, RunStatus.RUNNING)
-TERMINAL: Final = (RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CRASHED)
+@dataclass(frozen=True, eq=False)
+class RunsTable:
+    """A target's table with its real column types, and the expressions that read it.
 
-
-class Evidence(StrEnum):
-    """Where the last sign of life came from."""
-
-    AGE = "age"
-    """The run was created, or started, and has not been heard of since."""
-    RUN_HEARTBEAT = "run heartbeat"
-    """The run's own heartbeat column."""
-
-
-class Rule(StrEnum):
-    """Which rule condemned a run."""
-
-    SILENCE = "silence >= threshold"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerRun:
-    """What detection saw of one run, and the evidence that condemned it.
-
-    A snapshot, not a live row: it needs no session, it pickles, and marking compares the row as
-    it stands then with it. All times are aware, in UTC, and the database's own.
+    Columns go by their role (``status``, ``worker_id``, …) whatever they are called there.
     """
 
-    id: str
-    """The run's primary key, as text whatever its type in the table."""
-    status: RunStatus
-    worker_id: str | None
-    """Who held the run; None while it is queued for anyone."""
-    tenant_id: str | None
-    task: str | None
-    attempt: int | None
-    is_retry: bool | None
-    parent_run_id: str | None
-    created_at: datetime | None
-    started_at: datetime | None
-    heartbeat_at: datetime | None
-    sign_of_life: datetime
-    """The latest of the three times above."""
-    evidence: Evidence
-    """Which of them it was."""
-    seen_at: datetime
-    """The database's time when it was seen."""
-    threshold: timedelta
-    """The silence that made it an orphan."""
-    rule: Rule
-    sweep_id: UUID
-    """The sweep that saw it. A second mark for the same sweep finds the first one's verdict."""
-
-    @property
-    def silence(self) -> timedelta:
-        """How long the run had not been heard of when it was seen."""
-        return self.seen_at - self.sign_of_life
-
-
-SIGNS_OF_LIFE: Final = ("created_at", "started_at", "heartbeat_at")
-_REQUIRED: Final = (
-    "id",
-    "status",
-    "worker_id",
-    "tenant_id",
-    "task",
-    "attempt",
-    "is_retry",
-    "parent_run_id",
-    "success",
-    "error",
-    "completed_at",
-    *SIGNS_OF_LIFE,
-)
-
-
-@dataclass(frozen=True)
-class RunsTable:
-    """The runs table with its real column types, and the expressions that read it."""
-
+    target: Target
+    relation: Relation
     table: Table
+    facts: dict[str, ColumnFacts]
+    elsewhere: dict[str, LateralFromClause]
+    """Signs of life in other tables, by ``worker_heartbeat`` or ``run_events``: the latest of
+    each run, as ``seen_at``."""
+    released: tuple[Column[Any], ...]
+    """Columns that the mark sets to NULL."""
 
     @property
     def columns(self) -> Any:
@@ -137,102 +79,392 @@ class RunsTable:
 
     @property
     def name(self) -> str:
-        return self.table.name
+        return self.target.table
 
-    def text(self, column: str) -> ColumnElement[str]:
-        """A column as text, so that uuid, enum and text keys compare alike."""
-        return cast(self.table.c[column], Text)
+    def has(self, role: str) -> bool:
+        return role in self.facts
 
-    def utc(self, column: str) -> ColumnElement[datetime | None]:
-        """A timestamp column as an instant; a naive one is read as UTC, never as TimeZone.
+    @cached_property
+    def key(self) -> list[Column[Any]]:
+        """The columns of the key, in the order they were given in."""
+        return [self.table.c[_key_role(n)] for n, _ in enumerate(self.target.columns.id)]
 
-        Times before the year 1, ``-infinity`` among them, say nothing and read as NULL: Python
-        cannot hold them.
+    @cached_property
+    def run_id(self) -> ColumnElement[str]:
+        """The key as one text; of several columns, a JSON array of their texts."""
+        texts = [self.text(str(column.key)) for column in self.key]
+        return texts[0] if len(texts) == 1 else cast(func.jsonb_build_array(*texts), Text)
+
+    def key_of(self, run_id: ColumnElement[str]) -> list[ColumnElement[Any]]:
+        """The way back: the columns' values from the one text."""
+        if len(self.key) == 1:
+            texts = [run_id]
+        else:
+            array = cast(run_id, JSONB)
+            texts = [array.op("->>", return_type=Text())(n) for n, _ in enumerate(self.key)]
+        return [cast(text, column.type) for text, column in zip(texts, self.key, strict=True)]
+
+    def is_row(self, run_id: ColumnElement[str]) -> ColumnElement[bool]:
+        """Whether a row is the one with that key; an index can serve it."""
+        return and_(*(a == b for a, b in zip(self.key, self.key_of(run_id), strict=True)))
+
+    def reads_from(self, seen: FromClause | None = None, *, outer: bool = False) -> FromClause:
+        """The table, and what the signs of life need beside it.
+
+        Args:
+            seen: snapshots to join by their ``run_id``.
+            outer: keep the snapshots whose row is gone.
         """
-        stored = self.table.c[column]
-        instant = stored if _is_aware(stored) else func.timezone("UTC", stored)
-        return case((instant >= literal_column("timestamptz '0001-01-02 00:00+00'"), instant))
+        source: FromClause = self.table
+        if seen is not None and outer:
+            source = seen.join(self.table, self.is_row(seen.c.run_id), isouter=True)
+        elif seen is not None:
+            source = self.table.join(seen, self.is_row(seen.c.run_id))
+        for kept in self.elsewhere.values():  # a run whose worker's row is gone keeps the rest
+            source = source.join(kept, true(), isouter=True)
+        return source
 
-    def stored(self, column: str, instant: ColumnElement[datetime]) -> ColumnElement[datetime]:
+    def text(self, role: str) -> ColumnElement[str]:
+        """A column as text, so that uuid, enum and text compare alike; NULL where there is none."""
+        if role not in self.facts:
+            return cast(null(), Text)
+        if (
+            self.facts[role].category == "D"
+        ):  # a time's text depends on DateStyle, its JSON does not
+            whole: ColumnElement[Any] = literal_column("'{}'::text[]")
+            return func.to_jsonb(self.table.c[role]).op("#>>", return_type=Text())(whole)
+        return cast(self.table.c[role], Text)
+
+    def plain(self, role: str) -> ColumnElement[Any]:
+        """A column as it is; NULL where there is none."""
+        return self.table.c[role] if role in self.facts else null()
+
+    def utc(self, role: str) -> ColumnElement[datetime | None]:
+        """A time as an instant; a naive one is read as UTC, never as TimeZone."""
+        if role not in self.facts:
+            return cast(null(), _AWARE_OR_NULL)
+        return _utc(self.table.c[role], self.facts[role])
+
+    def stored(self, role: str, instant: ColumnElement[datetime]) -> ColumnElement[datetime]:
         """An instant as the column stores it: itself, or naive UTC."""
-        return instant if _is_aware(self.table.c[column]) else func.timezone("UTC", instant)
+        return instant if self.facts[role].kind == "timestamptz" else func.timezone("UTC", instant)
 
     @cached_property
     def in_flight(self) -> ColumnElement[bool]:
-        """Literals, not parameters: they are what the partial index is defined by."""
-        status = self.table.c.status
-        return status.in_([literal_column(f"'{s}'") for s in IN_FLIGHT])
+        """Values of the column's own type: only so does the partial index serve them."""
+        return self.table.c.status.in_(
+            [literal(s, self.facts["status"].type) for s in self.target.in_flight]
+        )
+
+    @cached_property
+    def is_crashed(self) -> ColumnElement[bool]:
+        return self.table.c.status == literal(self.target.crashed, self.facts["status"].type)
+
+    @cached_property
+    def worker_seen_at(self) -> ColumnElement[datetime | None]:
+        if "worker_heartbeat" not in self.elsewhere:
+            return cast(null(), _AWARE_OR_NULL)
+        return self.elsewhere["worker_heartbeat"].c.seen_at
 
     @cached_property
     def sign_of_life(self) -> ColumnElement[datetime]:
         """The latest time that shows the run was alive; NULL if there is none."""
-        return func.greatest(*(self.utc(c) for c in SIGNS_OF_LIFE), type_=TIMESTAMP(timezone=True))
+        times = [self.utc(role) for role in TIMES if self.has(role)]
+        times += [kept.c.seen_at for kept in self.elsewhere.values()]
+        return func.greatest(*times, type_=_AWARE)
 
     @cached_property
     def evidence(self) -> ColumnElement[str]:
-        return case(
-            (self.utc("heartbeat_at") == self.sign_of_life, literal(Evidence.RUN_HEARTBEAT.value)),
-            else_=literal(Evidence.AGE.value),
+        sources = (
+            (Evidence.RUN_HEARTBEAT, self.utc("heartbeat_at"), self.has("heartbeat_at")),
+            (Evidence.WORKER_HEARTBEAT, self.worker_seen_at, "worker_heartbeat" in self.elsewhere),
         )
+        whens = [
+            (time == self.sign_of_life, literal(evidence.value))
+            for evidence, time, is_there in sources
+            if is_there
+        ]
+        age = literal(Evidence.AGE.value)
+        return case(*whens, else_=age) if whens else age
 
-    def silent_since(self, cutoff: ColumnElement[datetime]) -> ColumnElement[bool]:
+    def silent_since(
+        self, cutoff: ColumnElement[datetime], latest: ColumnElement[datetime]
+    ) -> ColumnElement[bool]:
         """Whether the last sign of life is no later than ``cutoff``.
 
-        The first clause follows from the second, whose time can be no earlier than created_at.
-        It is there because an index can serve it.
+        Args:
+            cutoff: of this run, by its own threshold.
+            latest: no earlier than the cutoff of any run. The clause with it follows from the
+                other, whose time can be no earlier than created_at: an index can serve it.
         """
+        silent = self.sign_of_life <= cutoff
+        if not self.has("created_at"):
+            return silent
         created = self.table.c.created_at
-        return and_(
-            or_(created.is_(None), created <= self.stored("created_at", cutoff)),
-            self.sign_of_life <= cutoff,
-        )
+        return and_(or_(created.is_(None), created <= self.stored("created_at", latest)), silent)
 
-    def as_key(self, text: ColumnElement[str]) -> ColumnElement[Any]:
-        """A key given as text, as the type of the table's own key."""
-        return cast(text, self.table.c.id.type)
+    def matches(self, role: str, pattern: str) -> ColumnElement[bool]:
+        """Whether a column's text fits: ``*`` is any text, ``?`` any one character."""
+        if role not in self.facts:
+            return false()
+        if not any(wild in pattern for wild in "*?"):
+            return self.text(role) == pattern
+        like = pattern
+        for special in "\\%_":
+            like = like.replace(special, f"\\{special}")
+        return self.text(role).like(like.replace("*", "%").replace("?", "_"), escape="\\")
 
 
-_known: WeakKeyDictionary[Engine, RunsTable] = WeakKeyDictionary()
+def _key_role(number: int) -> str:
+    return f"id_{number + 1}"
 
 
-async def runs_table(db: Executor) -> RunsTable:
-    """The runs table as the database has it. Reads the catalogue once for each engine.
+def _utc(stored: ColumnElement[Any], facts: ColumnFacts) -> ColumnElement[datetime | None]:
+    """Times before the year 1, ``-infinity`` among them, say nothing: Python cannot hold them."""
+    instant = stored if facts.kind == "timestamptz" else func.timezone("UTC", stored)
+    return case((instant >= literal_column("timestamptz '0001-01-02 00:00+00'"), instant))
+
+
+_known: WeakKeyDictionary[Engine, dict[Target, RunsTable]] = WeakKeyDictionary()
+
+
+async def runs_table(db: Executor, target: Target) -> RunsTable:
+    """The target's table as the database has it. Reads the catalogue once for each engine.
 
     Raises:
-        ConfigurationError: there is no such table, or it lacks a column, or one of its times is
-            not a timestamp. Says which, and what to do.
+        ConfigurationError: the table, or a column, is not there or not fit for its role. Says
+            which, where that was configured, and what to do.
     """
     connection = db if isinstance(db, AsyncConnection) else await db.connection()
-    engine = connection.engine.sync_engine
-    if engine not in _known:
-        _known[engine] = RunsTable(await connection.run_sync(_reflect))
-    return _known[engine]
+    known = _known.setdefault(connection.engine.sync_engine, {})
+    if target not in known:
+        known[target] = await connection.run_sync(describe_runs, target)
+    return known[target]
 
 
-def _reflect(connection: Connection) -> Table:
-    try:
-        found = inspect(connection).get_columns(DEFAULT_TABLE)
-    except NoSuchTableError:
+def describe_runs(
+    connection: Connection, target: Target, relation: Relation | None = None
+) -> RunsTable:
+    """Hold the target's description against the catalogue. Reads only.
+
+    Args:
+        connection: to the database that holds the table.
+        target: the description.
+        relation: the table as it will be, where it is not there yet.
+
+    Raises:
+        ConfigurationError: as :func:`runs_table`.
+    """
+    relation = relation or find_relation(connection, target)
+    names = {_key_role(n): name for n, name in enumerate(target.columns.id)}
+    for role in ROLES:
+        given = getattr(target.columns, role)
+        name = role if given is None else given
+        if name and (given is not None or name in relation.columns):
+            names[role] = name
+    missing = {role: name for role, name in names.items() if name not in relation.columns}
+    if target.is_default_table:
+        missing |= {role: role for role in ROLES if role not in names}
+    if missing:
+        raise _missing_columns(target, relation, missing)
+    facts = {role: relation.columns[name] for role, name in names.items()}
+    _check_roles(connection, target, relation, facts)
+    schema, _ = split_table(target.table)
+    table = _table(relation, schema, {role: fact.name for role, fact in facts.items()})
+    elsewhere = {
+        key: _elsewhere(connection, target, relation, table, key)
+        for key in ("worker_heartbeat", "run_events")
+        if getattr(target, key) is not None
+    }
+    released = tuple(_any_column(target, relation, table, name) for name in target.release)
+    if not any(role in facts for role in TIMES) and not elsewhere:
         raise ConfigurationError(
-            f"table {DEFAULT_TABLE!r} is not in database {connection.engine.url.database!r} (or "
-            "not on its search_path): run `orphan-recovery migrate`, which creates it or adopts "
-            "the one you have"
-        ) from None
-    types = {c["name"]: c["type"] for c in found}
-    if missing := [c for c in _REQUIRED if c not in types]:
-        raise ConfigurationError(
-            f"table {DEFAULT_TABLE!r} has no column {', '.join(map(repr, missing))}: run "
-            "`orphan-recovery migrate`, which adds missing columns and rewrites nothing"
+            f"{where(target)} has no source of signs of life: name a column as created_at, "
+            "started_at or heartbeat_at under columns, or a worker_heartbeat, or run_events"
         )
-    for name in (*SIGNS_OF_LIFE, "completed_at"):
-        if not isinstance(types[name], TIMESTAMP):
+    for number, rule in enumerate(target.rules):
+        if unknown := [role for role in rule.match if role not in facts]:
             raise ConfigurationError(
-                f"column {name!r} of table {DEFAULT_TABLE!r} is {types[name]}: a time must be "
-                "timestamptz, or timestamp in UTC"
+                f"{where(target, 'rules', str(number), 'match')} looks at {unknown[0]!r}, for "
+                f"which table {target.table!r} has no column: name it under columns, or leave "
+                "the rule out"
             )
-    columns: list[Column[Any]] = [Column(name, kind) for name, kind in types.items()]
-    return Table(DEFAULT_TABLE, MetaData(), *columns)
+    return RunsTable(target, relation, table, facts, elsewhere, released)
 
 
-def _is_aware(column: ColumnElement[Any]) -> bool:
-    return bool(getattr(column.type, "timezone", False))
+def find_relation(connection: Connection, target: Target, *keys: str) -> Relation:
+    """The target's table, or another that it names under ``keys``, in the catalogue. Reads only.
+
+    Raises:
+        ConfigurationError: there is no such table, or it is a view or the like.
+    """
+    own = not keys
+    name: str = target.table if own else getattr(target, keys[0]).table
+    key = (*keys, "table")
+    relation = look_up(connection, *split_table(name))
+    if relation is None:
+        if target.is_default_table and own:
+            raise ConfigurationError(
+                f"table {name!r} is not in database {connection.engine.url.database!r} (or not on "
+                "its search_path): run `orphan-recovery migrate`, which creates it or adopts the "
+                "one you have, or describe the table you have in orphan-recovery.toml"
+            )
+        close = similar(connection, split_table(name)[1])
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ConfigurationError(
+            f"{where(target, *key)} is {name!r}, which is not in database "
+            f"{connection.engine.url.database!r} (or not on its search_path): {hint}give it as "
+            "schema.table, each name as the catalogue has it"
+        )
+    if own and not relation.is_table:
+        raise ConfigurationError(
+            f"{where(target, *key)} is {name!r}, which is a {relation.what}: a row of it cannot "
+            "be locked and marked; name the table that it is made from"
+        )
+    return relation
+
+
+def _table(relation: Relation, schema: str | None, names: dict[str, str]) -> Table:
+    """A table whose columns go by their role. Without a schema it follows the search path."""
+    columns = [
+        Column(quoted_name(name, quote=True), relation.columns[name].type, key=role)
+        for role, name in names.items()
+    ]
+    quoted_schema = None if schema is None else quoted_name(relation.schema, quote=True)
+    name = quoted_name(relation.name, quote=True)
+    return Table(name, MetaData(), *columns, schema=quoted_schema)
+
+
+def _elsewhere(
+    connection: Connection, target: Target, relation: Relation, table: Table, key: str
+) -> LateralFromClause:
+    """The latest sign of life of each run that another table keeps."""
+    asked = getattr(target, key)
+    kept = find_relation(connection, target, key)
+    for part, name in (("key", asked.key), ("last_seen", asked.last_seen)):
+        if name not in kept.columns:
+            raise _no_column(target, (key, part), name, kept)
+    last_seen, theirs = kept.columns[asked.last_seen], kept.columns[asked.key]
+    if not last_seen.is_time:
+        raise _no_time(target, (key, "last_seen"), last_seen)
+    schema, _ = split_table(asked.table)
+    times = _table(kept, schema, {"key": asked.key, "last_seen": asked.last_seen})
+    their_key: ColumnElement[Any] = times.c.key
+    our_key: ColumnElement[Any] = _any_column(
+        target, relation, table, asked.run_key, key, "run_key"
+    )
+    ours = relation.columns[asked.run_key]
+    alike = ours.kind == theirs.kind or {ours.category, theirs.category} in ({"N"}, {"S"})
+    if not alike:
+        our_key, their_key = cast(our_key, Text), cast(their_key, Text)
+    latest = func.max(_utc(times.c.last_seen, last_seen), type_=_AWARE).label("seen_at")
+    return select(latest).where(their_key == our_key).correlate(table).lateral(key)
+
+
+def _any_column(
+    target: Target, relation: Relation, table: Table, name: str, *keys: str
+) -> Column[Any]:
+    """A column of the runs table by its name, whether or not it has a role."""
+    if name not in relation.columns:
+        raise _no_column(target, keys or ("release",), name, relation)
+    found = next((column for column in table.c if column.name == name), None)
+    if found is None:
+        kind = relation.columns[name].type
+        found = Column(quoted_name(name, quote=True), kind, key=f"column {name}")
+        table.append_column(found)
+    return found
+
+
+def _no_column(
+    target: Target, keys: tuple[str, ...], name: str, relation: Relation
+) -> ConfigurationError:
+    return ConfigurationError(
+        f"{where(target, *keys)} is {name!r}, but {relation.what} {relation.name!r} has no such "
+        f"column: it has {', '.join(relation.columns)}"
+    )
+
+
+def _missing_columns(
+    target: Target, relation: Relation, missing: dict[str, str]
+) -> ConfigurationError:
+    if target.is_default_table:
+        return ConfigurationError(
+            f"table {target.table!r} has no column {', '.join(map(repr, missing.values()))}: run "
+            "`orphan-recovery migrate`, which adds missing columns and rewrites nothing, or "
+            "describe the table you have in orphan-recovery.toml"
+        )
+    told = []
+    for role, name in missing.items():
+        key = "id" if role.startswith("id_") else role
+        told.append(f"{where(target, 'columns', key)} is {name!r}")
+    return ConfigurationError(
+        f"{', '.join(told)}, but {relation.what} {target.table!r} has no such column: it has "
+        f"{', '.join(relation.columns)}"
+    )
+
+
+def _check_roles(
+    connection: Connection, target: Target, relation: Relation, facts: dict[str, ColumnFacts]
+) -> None:
+    keys = set(target.columns.id)
+    if not any(unique <= keys for unique in relation.unique):
+        have = " or ".join(str(sorted(unique)) for unique in relation.unique) or "none"
+        raise ConfigurationError(
+            f"{where(target, 'columns', 'id')} is {sorted(keys)}, which no unique index of "
+            f"{target.table!r} covers: one mark could hit several rows. Unique together: {have}"
+        )
+    for role in (*TIMES, "completed_at"):
+        if role in facts and not facts[role].is_time:
+            raise _no_time(target, ("columns", role), facts[role])
+    fit: tuple[tuple[str, bool, str], ...] = (
+        ("success", _is(facts, "success", ("bool",)), "boolean"),
+        ("is_retry", _is(facts, "is_retry", ("bool",)), "boolean"),
+        ("attempt", "attempt" not in facts or facts["attempt"].category == "N", "a number"),
+        (
+            "error",
+            _is(facts, "error", ("json", "jsonb")) or facts["error"].is_text,
+            "text, json or jsonb",
+        ),
+    )
+    for role, fits, wanted in fit:
+        if not fits:
+            raise ConfigurationError(
+                f"{where(target, 'columns', role)}: column {facts[role].name!r} of "
+                f"{target.table!r} is {facts[role].declared}, where {wanted} is needed; name "
+                f"another column, or {role} = false to leave it alone"
+            )
+    for role in ("status", "error", "completed_at", "success"):
+        if role in facts and facts[role].is_generated:
+            raise ConfigurationError(
+                f"{where(target, 'columns', role)}: column {facts[role].name!r} of "
+                f"{target.table!r} is generated, and cannot be written; name another, or "
+                f"{role} = false to leave it alone"
+            )
+    status = facts["status"]
+    for key, values in (
+        ("in_flight", target.in_flight),
+        ("crashed", (target.crashed,)),
+        ("terminal", target.terminal or ()),
+        ("waiting", target.waiting),
+    ):
+        for value in values:
+            # What is only read need not be allowed: an enum's label has to exist all the same.
+            if key != "crashed" and not status.labels:
+                continue
+            if refusal := accepts(connection, relation, status.name, value):
+                raise ConfigurationError(
+                    f"{where(target, key)} has {value!r}, which column {status.name!r} of "
+                    f"{target.table!r} cannot hold: {refusal}"
+                )
+
+
+def _is(facts: dict[str, ColumnFacts], role: str, kinds: Sequence[str]) -> bool:
+    return role not in facts or facts[role].kind in kinds
+
+
+def _no_time(target: Target, key: tuple[str, ...], facts: ColumnFacts) -> ConfigurationError:
+    return ConfigurationError(
+        f"{where(target, *key)}: column {facts.name!r} of table {target.table!r} is "
+        f"{facts.declared}: a time must be timestamptz, or timestamp in UTC; name another column, "
+        f"or {key[-1]} = false if there is none"
+    )

@@ -1,9 +1,11 @@
-"""What the environment decides: the threshold, the switch, the database.
+"""What the environment decides: the threshold, the switch, the database, which target.
 
 The hazard is a bad value that is read as a good one: a threshold of 0 would call every run in
 flight an orphan. So a value that is not understood is refused by the name of its variable, with
 the way out, and nothing is guessed.
 """
+
+from pathlib import Path
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,6 +17,8 @@ MAX_THRESHOLD_MINUTES = 5_256_000
 THRESHOLD_VARIABLE = "ORPHAN_THRESHOLD_MINUTES"
 ENABLED_VARIABLE = "ORPHAN_RECOVERY_ENABLED"
 DATABASE_VARIABLES = ("ORPHAN_RECOVERY_DATABASE_URL", "DATABASE_URL")
+TARGET_VARIABLE = "ORPHAN_RECOVERY_TARGET"
+CONFIG_VARIABLE = "ORPHAN_RECOVERY_CONFIG"
 
 _WAY_OUT = {
     THRESHOLD_VARIABLE: (
@@ -45,6 +49,10 @@ class Settings(BaseSettings):
     )
     recovery_enabled: bool = Field(True, validation_alias=ENABLED_VARIABLE)
     database_url: SecretStr | None = Field(None, validation_alias=AliasChoices(*DATABASE_VARIABLES))
+    target: str | None = Field(None, validation_alias=TARGET_VARIABLE)
+    """Which target is meant where none is named: see :mod:`orphan_recovery.targets`."""
+    config: Path | None = Field(None, validation_alias=CONFIG_VARIABLE)
+    """Where the targets are described; see :mod:`orphan_recovery.targets`."""
 
 
 def load_settings() -> Settings:

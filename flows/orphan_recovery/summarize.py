@@ -7,56 +7,95 @@ into a count of none.
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, and_, func, select
 
-from orphan_recovery.database import Executor, make_engine, transaction
+from orphan_recovery.database import Executor, address, make_engine, transaction
+from orphan_recovery.ledger import verdicts
 from orphan_recovery.report import iso
-from orphan_recovery.runs import RunStatus, runs_table
+from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.targets import Target, find_target
+from orphan_recovery.verdict import Outcome
 
 
 async def get_crash_recovery_summary() -> dict[str, Any]:
     """What stands crashed, for an operations dashboard. Opens its own session; reads only.
 
+    Of the target that is meant by default.
+
     Returns:
         ``total_crashed``: crashed runs in the table, in runs. ``recent_crashes``: the newest ten,
         newest first, each with ``run_id``, ``worker_id``, ``tenant_id``, ``created_at``,
-        ``crashed_at`` (ISO 8601 texts in UTC, or None) and ``error``. It is ready for JSON.
+        ``crashed_at`` (ISO 8601 texts in UTC, or None) and ``error``. It is ready for JSON. Where
+        the table has no status of its own for a crash, those count that the ledger has marked.
 
     Raises:
         ConfigurationError: the address or the table cannot be used.
         sqlalchemy.exc.DBAPIError: as the database raised it.
     """
-    engine = make_engine()
+    return await summarize_target(find_target())
+
+
+async def summarize_target(target: Target) -> dict[str, Any]:
+    """As :func:`get_crash_recovery_summary`, for any target."""
+    engine = make_engine(address(target))
     try:
         async with transaction(engine) as connection:
-            return await crash_summary(connection)
+            return await crash_summary(connection, target)
     finally:
         await engine.dispose()
 
 
-async def crash_summary(db: Executor) -> dict[str, Any]:
+async def crash_summary(db: Executor, target: Target) -> dict[str, Any]:
     """The same on a connection or session of the caller's."""
-    table = await runs_table(db)
-    crashed = table.columns.status == RunStatus.CRASHED.value
-    total = await db.execute(select(func.count()).select_from(table.table).where(crashed))
-    newest = await db.execute(
+    table = await runs_table(db, target)
+    own = target.crash_is_its_own_status
+    total, newest = _by_status(table) if own else _by_ledger(table)
+    count = await db.execute(total)
+    recent = (await db.execute(newest)).mappings()
+    return {
+        "total_crashed": count.scalar_one(),
+        "recent_crashes": [
+            {k: iso(v) if isinstance(v, datetime) else v for k, v in row.items()} for row in recent
+        ],
+    }
+
+
+def _by_status(table: RunsTable) -> tuple[Select[Any], Select[Any]]:
+    """How many, and the newest ten, of the rows that stand crashed."""
+    total = select(func.count()).select_from(table.table).where(table.is_crashed)
+    newest = (
         select(
-            table.text("id").label("run_id"),
-            table.text("worker_id").label("worker_id"),
-            table.text("tenant_id").label("tenant_id"),
+            table.run_id.label("run_id"),
+            *(table.text(role).label(role) for role in ("worker_id", "tenant_id")),
             table.utc("created_at").label("created_at"),
             table.utc("completed_at").label("crashed_at"),
             table.text("error").label("error"),
         )
-        .where(crashed)
-        # Served by worker_runs_crashed.
-        .order_by(table.columns.completed_at.desc().nulls_last(), table.columns.id)
+        .where(table.is_crashed)
+        # Served by the partial index of what is crashed.
+        .order_by(table.plain("completed_at").desc().nulls_last(), *table.key)
         .limit(10)
     )
-    return {
-        "total_crashed": total.scalar_one(),
-        "recent_crashes": [
-            {k: iso(v) if isinstance(v, datetime) else v for k, v in row.items()}
-            for row in newest.mappings()
-        ],
-    }
+    return total, newest
+
+
+def _by_ledger(table: RunsTable) -> tuple[Select[Any], Select[Any]]:
+    """How many, and the newest ten, of the verdicts: the status alone does not tell a crash."""
+    marked = and_(
+        verdicts.c.target == table.target.name, verdicts.c.outcome == Outcome.MARKED.value
+    )
+    total = select(func.count()).select_from(verdicts).where(marked)
+    last = select(verdicts).where(marked).order_by(verdicts.c.judged_at.desc()).limit(10).subquery()
+    newest = (
+        select(
+            last.c.run_id,
+            last.c.worker_id,
+            last.c.tenant_id,
+            table.utc("created_at").label("created_at"),
+            last.c.judged_at.label("crashed_at"),
+            func.coalesce(table.text("error"), last.c.reason).label("error"),
+        )
+        .select_from(last.join(table.table, table.is_row(last.c.run_id), isouter=True))
+        .order_by(last.c.judged_at.desc(), last.c.run_id)
+    )
+    return total, newest

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from orphan_recovery.runs import WorkerRun
+from orphan_recovery.run import WorkerRun
 
 
 class Outcome(StrEnum):

@@ -28,6 +28,7 @@ from orphan_recovery.demo.stage import Stage
 from orphan_recovery.demo.worker import Order
 from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
+from orphan_recovery.targets import Target
 
 THRESHOLD: Final = timedelta(minutes=1)
 REASON: Final = "demo: no sign of life from its worker"
@@ -77,7 +78,7 @@ def _tell(show: Show, ending: Ending, folder: Path, leave_ui_up: bool) -> int:
         orchestrator = started.enter_context(closing(Orchestrator(processes, folder, url)))
         started.enter_context(ending.undisturbed_after())
         show.still_well = processes.check
-        _, revision = migrate(database_url(url))
+        revision = migrate(Target(), database_url(url)).after
         show.say(
             f"Postgres {facts.server_version()} is up, with the schema at revision {revision}."
         )

@@ -1,0 +1,208 @@
+"""What the database itself says of a table: its kind, its columns and their types, its keys.
+
+The hazard is a guess: a naive time taken for an aware one, a key that is not unique, a name that
+only looks like the one that was meant. Nothing here is guessed, and no name that a person wrote
+becomes SQL: it goes to the server as a value, and what comes back is the catalogue's own.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, text
+from sqlalchemy.types import UserDefinedType
+
+
+class CatalogType(UserDefinedType[Any]):
+    """A type of the database's, by the name that the server quoted. Values travel as text."""
+
+    cache_ok = True
+    render_bind_cast = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_col_spec(self, **_: Any) -> str:
+        return self.name.replace("%", "%%")  # the driver reads a single one as a placeholder
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnFacts:
+    """One column, as the catalogue has it."""
+
+    name: str
+    declared: str
+    """The type as people write it, such as ``character varying(20)``."""
+    cast_name: str
+    """The type, qualified and quoted, without its length."""
+    kind: str
+    """The type below all domains, such as ``timestamptz``, ``text``, ``int4``."""
+    category: str
+    """The server's own letter for its family: S text, D time, B boolean, N number, E enum."""
+    length: int | None
+    """Characters that fit, for a text that is bounded."""
+    labels: tuple[str, ...]
+    """An enum's values; empty for every other type."""
+    is_domain: bool
+    is_generated: bool
+
+    @property
+    def is_time(self) -> bool:
+        return self.kind in ("timestamptz", "timestamp")
+
+    @property
+    def is_text(self) -> bool:
+        return self.category == "S"
+
+    @property
+    def type(self) -> CatalogType:
+        return CatalogType(self.cast_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """One table, as the catalogue has it."""
+
+    oid: int
+    schema: str
+    name: str
+    kind: str
+    """``pg_class.relkind``: r a table, p a partitioned one, v a view, …"""
+    columns: dict[str, ColumnFacts]
+    unique: tuple[frozenset[str], ...]
+    """Each set of columns that is unique together, by a whole and valid index."""
+    checks: dict[str, tuple[str, ...]]
+    """Column to the conditions that the table puts on it alone."""
+
+    @property
+    def is_table(self) -> bool:
+        return self.kind in ("r", "p")
+
+    @property
+    def what(self) -> str:
+        """The kind of relation, for people."""
+        return _KINDS.get(self.kind, f"relation of kind {self.kind!r}")
+
+
+_KINDS: Final = {
+    "r": "table",
+    "p": "partitioned table",
+    "v": "view",
+    "m": "materialized view",
+    "f": "foreign table",
+    "S": "sequence",
+    "i": "index",
+    "c": "composite type",
+}
+
+_RELATION: Final = text(
+    """
+    SELECT c.oid, n.nspname, c.relname, c.relkind::text AS kind,
+           (SELECT coalesce(jsonb_agg(
+                       jsonb_build_array(a.attname, pg_get_expr(k.conbin, k.conrelid))
+                       ORDER BY k.conname), '[]')
+            FROM pg_constraint k
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
+            WHERE k.conrelid = c.oid AND k.contype = 'c' AND cardinality(k.conkey) = 1) AS checks,
+           (SELECT coalesce(jsonb_agg(
+                       (SELECT jsonb_agg(a.attname) FROM pg_attribute a
+                        WHERE a.attrelid = c.oid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))
+                   ), '[]')
+            FROM pg_index i
+            WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+              AND i.indexprs IS NULL) AS unique_sets
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = to_regclass(
+        CASE WHEN CAST(:schema AS text) IS NULL THEN format('%I', CAST(:name AS text))
+             ELSE format('%I.%I', CAST(:schema AS text), CAST(:name AS text)) END)
+    """
+)
+
+_COLUMNS: Final = text(
+    """
+    WITH RECURSIVE layer AS (
+        SELECT a.attnum, a.attname, a.attgenerated, a.atttypmod AS typmod, 0 AS depth,
+               format_type(a.atttypid, a.atttypmod) AS declared,
+               (SELECT format('%I.%I', n.nspname, o.typname)
+                FROM pg_type o JOIN pg_namespace n ON n.oid = o.typnamespace
+                WHERE o.oid = a.atttypid) AS cast_name,
+               t.oid AS type_oid, t.typname, t.typtype, t.typbasetype, t.typtypmod, t.typcategory
+        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+        WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
+        UNION ALL
+        SELECT l.attnum, l.attname, l.attgenerated, l.typtypmod, l.depth + 1, l.declared,
+               l.cast_name, t.oid, t.typname, t.typtype, t.typbasetype, t.typtypmod, t.typcategory
+        FROM layer l JOIN pg_type t ON t.oid = l.typbasetype
+        WHERE l.typtype = 'd'
+    )
+    SELECT attname::text AS name, declared, cast_name, typname::text AS kind,
+           typcategory::text AS category, depth > 0 AS is_domain,
+           attgenerated <> '' AS is_generated,
+           CASE WHEN typname IN ('varchar', 'bpchar') AND typmod > 4 THEN typmod - 4 END AS length,
+           ARRAY(SELECT e.enumlabel::text FROM pg_enum e WHERE e.enumtypid = type_oid
+                 ORDER BY e.enumsortorder) AS labels
+    FROM layer WHERE typtype <> 'd' ORDER BY attnum
+    """
+)
+
+
+def look_up(connection: Connection, schema: str | None, name: str) -> Relation | None:
+    """The relation of that name, on the search path where no schema is given. Reads only.
+
+    Returns:
+        What the catalogue says of it; None if there is none.
+    """
+    found = connection.execute(_RELATION, {"schema": schema, "name": name}).mappings().one_or_none()
+    if found is None:
+        return None
+    columns = connection.execute(_COLUMNS, {"oid": found["oid"]}).mappings()
+    checks: dict[str, tuple[str, ...]] = {}
+    for column, condition in found["checks"]:
+        checks[column] = (*checks.get(column, ()), condition)
+    return Relation(
+        oid=found["oid"],
+        schema=found["nspname"],
+        name=found["relname"],
+        kind=found["kind"],
+        columns={
+            row["name"]: ColumnFacts(**{**row, "labels": tuple(row["labels"])}) for row in columns
+        },
+        unique=tuple(frozenset(columns) for columns in found["unique_sets"] if columns),
+        checks=checks,
+    )
+
+
+def similar(connection: Connection, name: str) -> list[str]:
+    """Tables of other schemas, or of another case, that may have been meant. Reads only."""
+    statement = text(
+        "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE lower(c.relname) = lower(:name) AND c.relkind IN ('r', 'p', 'v', 'm', 'f')"
+        " ORDER BY 1 LIMIT 5"
+    )
+    return list(connection.scalars(statement, {"name": name}))
+
+
+def accepts(connection: Connection, relation: Relation, column: str, value: str) -> str | None:
+    """Whether ``column`` can hold ``value``, by its type and by the table's own conditions.
+
+    Returns:
+        None if it can, else why not.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: the type itself refuses the value, such as a domain.
+    """
+    facts = relation.columns[column]
+    if facts.labels and value not in facts.labels:
+        return f"the enum {facts.declared} has {', '.join(map(repr, facts.labels))}"
+    conditions = relation.checks.get(column, ())
+    if not conditions and not facts.is_domain:
+        return None
+    # The conditions are the catalogue's own text; the value stays a value.
+    held = " AND ".join(f"coalesce({condition}, true)" for condition in conditions) or "true"
+    name = '"' + column.replace('"', '""') + '"'
+    one = f"SELECT CAST(<value> AS {facts.cast_name}) AS {name}"
+    probe = f"SELECT {held} FROM ({one}) AS probe"  # noqa: S608 - own text
+    statement = text(probe.replace(":", r"\:").replace("<value>", ":value", 1))
+    if connection.scalar(statement, {"value": value}):
+        return None
+    return f"the table has the condition {' and '.join(conditions)}"

@@ -1,0 +1,153 @@
+"""The commands that set a target up: init, doctor, sql, migrate. A thin face, like the others.
+
+They are kept apart from the sweep's because they are for a person, once, and not for a schedule.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.pool import NullPool
+
+from orphan_recovery.cli_options import AsJson, TargetName
+from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address
+from orphan_recovery.settings import ConfigurationError, load_settings
+from orphan_recovery.targets import CONFIG_FILE, Target, find_target, load_targets
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands, in the order in which a new user needs them."""
+    for command in (init, doctor, sql, migrate):
+        app.command()(command)
+
+
+def init(
+    target: Annotated[str, typer.Option(help="What to call it: lower-case letters, digits, -, _.")],
+    table: Annotated[
+        str | None,
+        typer.Option(help="The table, as schema.table. Default: the only one that looks like it."),
+    ] = None,
+    database_url_env: Annotated[
+        str, typer.Option(help="The variable that holds the address of its database.")
+    ] = "ORPHAN_RECOVERY_DATABASE_URL",
+) -> None:
+    """Describe a table of yours by looking at it: a draft, with a comment on each guess.
+
+    Appends to orphan-recovery.toml (or the file that ORPHAN_RECOVERY_CONFIG names), and changes
+    nothing in the database.
+    """
+    from orphan_recovery.guess import draft_target
+    from orphan_recovery.runs import describe_runs
+
+    path = load_settings().config or Path(CONFIG_FILE)
+    if path.exists() and target in load_targets():
+        raise ConfigurationError(
+            f"{path} has a target {target!r} already: choose another name, or edit it there"
+        )
+    probe = Target(name=target, database_url_env=database_url_env)  # or refuse the name
+    with _connected(probe) as connection:
+        described, section = draft_target(connection, target, table, database_url_env)
+        describe_runs(connection, described)  # a draft that does not even fit is not written
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    parted = before if not before or before.endswith("\n\n") else before.rstrip("\n") + "\n\n"
+    path.write_text(parted + section, encoding="utf-8")
+    typer.echo(section)
+    typer.echo(f"written to {path}. Read each guess, then:")
+    typer.echo(f"  orphan-recovery doctor --target {target}")
+    typer.echo(f"  orphan-recovery sql --target {target}      # what `migrate` would do there")
+    typer.echo(f"  orphan-recovery sweep --target {target} --dry-run")
+
+
+def doctor(target: TargetName = None, as_json: AsJson = False) -> None:
+    """Say whether a target is fit to be swept, line by line, with the way out. Reads only.
+
+    Exit code 1 if anything is a failure.
+    """
+    from orphan_recovery.doctor import Level, examine
+
+    findings = asyncio.run(examine(find_target(target)))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        signs = {Level.OK: "ok      ", Level.WARNING: "warning ", Level.FAILURE: "FAILURE "}
+        for finding in findings:
+            typer.echo(f"{signs[finding.level]} {finding.about}: {finding.told}")
+            if finding.way_out:
+                typer.echo(f"          → {finding.way_out}")
+        counts = Counter(finding.level for finding in findings)
+        typer.echo(", ".join(f"{counts[level]} {level.value}" for level in Level))
+    if any(finding.level is Level.FAILURE for finding in findings):
+        raise typer.Exit(1)
+
+
+def sql(
+    target: TargetName = None,
+    role: Annotated[
+        str, typer.Option(help="The least-privilege role that sweeps.")
+    ] = "orphan_recovery_sweep",
+) -> None:
+    """Print all that `migrate` would do, and a role for the sweep, for a DBA to review.
+
+    Executes nothing. What is there already is left out; run as the tables' owner, by psql, it
+    comes to the same as `migrate`.
+    """
+    from orphan_recovery.review import as_sql
+
+    meant = find_target(target)
+    with _connected(meant) as connection:
+        typer.echo(as_sql(connection, meant, role))
+
+
+def migrate(
+    target: TargetName = None,
+    down: Annotated[
+        bool, typer.Option("--down", help="Take the schema away again; never a row.")
+    ] = False,
+) -> None:
+    """Bring the schema up to date: runs table, truth trigger, ledger, indexes.
+
+    Again and again without harm. An existing worker_runs table is adopted: missing columns are
+    added and nothing is rewritten. A table of yours, described in orphan-recovery.toml, gets the
+    index that serves detection, and keeps its columns as they are.
+    """
+    from orphan_recovery import migrate as schema
+
+    meant = find_target(target)
+    url = address(meant)
+    did = schema.unmigrate(meant, url) if down else schema.migrate(meant, url)
+    where = f"{url.render_as_string(hide_password=True)} (target {meant.name})"
+    for what in did.done:
+        typer.echo(f"{'removed' if down else 'made'}: {what}")
+    if did.done:
+        typer.echo(f"{where} went from revision {did.before} to {did.after}")
+    else:
+        typer.echo(f"{where} is at revision {did.after} already, with nothing to do")
+
+
+class _connected:  # noqa: N801 - used as a function
+    """A plain connection to a target's database, for a look."""
+
+    def __init__(self, target: Target) -> None:
+        self.engine = create_engine(
+            address(target),
+            poolclass=NullPool,
+            hide_parameters=True,
+            connect_args={
+                "application_name": "orphan-recovery",
+                "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+                "options": "-c default_transaction_read_only=on",
+            },
+        )
+
+    def __enter__(self) -> Connection:
+        self.connection = self.engine.connect()
+        return self.connection
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self.engine.dispose()

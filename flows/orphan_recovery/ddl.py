@@ -1,0 +1,287 @@
+"""The statements that `migrate` executes on a target's table, and that `sql` prints for a DBA.
+
+The hazard is DDL, which takes no parameters: a name or a status would become SQL text. So every
+one is composed by psycopg as an identifier or a literal, quoted as the server would, and nothing
+is ever pasted. What is there already is left alone.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final, LiteralString
+
+from psycopg import sql
+from sqlalchemy import Connection, text
+
+from orphan_recovery.catalog import Relation
+from orphan_recovery.ledger import SCHEMA
+from orphan_recovery.runs import RunsTable
+from orphan_recovery.targets import split_table
+
+DEFAULT_ROLE: Final = "orphan_recovery_sweep"
+TRUTH_TRIGGER: Final = "prevent_worker_run_mutation"
+WRITTEN: Final = ("status", "success", "error", "completed_at")
+"""The roles that a mark writes."""
+_TRUTH: Final = (
+    *("status", "success", "error", "started_at", "completed_at"),
+    *("worker_id", "tenant_id"),
+)
+"""The roles that a terminal row keeps for ever, besides its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One step of what `migrate` does to a table."""
+
+    why: str
+    statements: tuple[sql.Composed, ...]
+    alone: bool = False
+    """Each statement outside any transaction: a concurrent build."""
+
+
+def changes(connection: Connection, runs: RunsTable) -> list[Change]:
+    """What the table lacks: the index of what is in flight, that of what is crashed, the trigger.
+
+    Reads the catalogue only.
+    """
+    wanted = [*_triggers(connection, runs), *_indexes(connection, runs)]
+    return [change for change in wanted if change.statements]
+
+
+def undoing(connection: Connection, runs: RunsTable) -> list[Change]:
+    """The way back: drop what :func:`changes` may have made. Reads the catalogue only."""
+    undone = []
+    for name in _index_names(runs):
+        if _index_state(connection, runs.relation.schema, name) is not None:
+            drop = _sql("DROP INDEX {}", _qualified(runs.relation.schema, name))
+            undone.append(Change(f"drop index {name}", (drop,)))
+    if _trigger_argument(connection, runs.relation) is not None:
+        drop = _sql("DROP TRIGGER {} ON {}", sql.Identifier(TRUTH_TRIGGER), _table(runs))
+        undone.append(Change("drop the truth trigger", (drop,)))
+    return undone
+
+
+def create_index(runs: RunsTable) -> str:
+    """The statement that creates the index which serves detection, for a person to read."""
+    name, definition = next(iter(_index_names(runs).items()))
+    statement = _sql(
+        "CREATE INDEX CONCURRENTLY {} ON {} {}", sql.Identifier(name), _table(runs), definition
+    )
+    return statement.as_string(None)
+
+
+def role_statements(runs: RunsTable, role: str) -> list[sql.Composed]:
+    """A role that may do what a sweep does, and nothing else; as the owner of the tables.
+
+    It may read what detection reads, write what a mark writes, and append to the ledger. It is
+    created without a password. Other tables with signs of life are only ever read.
+    """
+    who, table, ledger = sql.Identifier(role), _table(runs), sql.Identifier(SCHEMA)
+    read, written = [column.name for column in runs.columns], written_columns(runs)
+    statements = [
+        _sql(
+            "DO $do$ BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = {}) "
+            "THEN CREATE ROLE {} LOGIN; END IF; END $do$",
+            sql.Literal(role),
+            who,
+        ),
+        _sql("REVOKE ALL ON {} FROM {}", table, who),
+        _sql("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}", ledger, who),
+        _sql(
+            "GRANT USAGE ON SCHEMA {}, {} TO {}", sql.Identifier(runs.relation.schema), ledger, who
+        ),
+        _sql(
+            "GRANT SELECT ({}), UPDATE ({}) ON {} TO {}",
+            _names(read),
+            _names(written),
+            table,
+            who,
+        ),
+        _sql("GRANT SELECT, INSERT ON {0}.sweeps, {0}.verdicts TO {1}", ledger, who),
+        _sql(
+            "GRANT UPDATE (ended_at, ended_as, detected, marked, missed, failed, error) "
+            "ON {}.sweeps TO {}",
+            ledger,
+            who,
+        ),
+        _sql("GRANT SELECT ON {}.schema_version TO {}", ledger, who),
+    ]
+    for asked in (runs.target.worker_heartbeat, runs.target.run_events):
+        if asked is None:
+            continue
+        schema, name = split_table(asked.table)
+        kept = sql.Identifier(name) if schema is None else sql.Identifier(schema, name)
+        columns = _names([asked.key, asked.last_seen])
+        statements.append(_sql("GRANT SELECT ({}) ON {} TO {}", columns, kept, who))
+        if schema not in (None, runs.relation.schema):
+            statements.append(_sql("GRANT USAGE ON SCHEMA {} TO {}", sql.Identifier(schema), who))
+    return statements
+
+
+def written_columns(runs: RunsTable) -> list[str]:
+    """The table's columns that a mark writes."""
+    written = [runs.facts[role].name for role in WRITTEN if runs.has(role)]
+    return [*written, *(column.name for column in runs.released)]
+
+
+def truth_trigger_is_there(connection: Connection, runs: RunsTable) -> bool:
+    """Whether the truth trigger guards the table, as the target describes it now, and fires."""
+    return _trigger_argument(connection, runs.relation) == _truth_argument(runs)
+
+
+def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:
+    if not (runs.target.is_default_table or runs.target.truth_trigger):
+        return []
+    if truth_trigger_is_there(connection, runs):
+        return []
+    terminal = sql.SQL(", ").join(sql.Literal(status) for status in runs.target.ends or ())
+    create = _sql(
+        "CREATE OR REPLACE TRIGGER {} BEFORE UPDATE OR DELETE ON {} "
+        "FOR EACH ROW WHEN (OLD.{}::text IN ({})) EXECUTE FUNCTION {}.{}({})",
+        sql.Identifier(TRUTH_TRIGGER),
+        _table(runs),
+        sql.Identifier(runs.facts["status"].name),
+        terminal,
+        sql.Identifier(SCHEMA),
+        sql.Identifier(TRUTH_TRIGGER),
+        sql.Literal(_truth_argument(runs)),
+    )
+    return [Change("the truth trigger: a terminal row never changes again", (create,))]
+
+
+def _truth_argument(runs: RunsTable) -> str:
+    """What the trigger's function has to know of this table."""
+    frozen = [runs.facts[role].name for role in _TRUTH if role in runs.facts]
+    if "output_json" in runs.relation.columns:  # the result, in the default table
+        frozen.append("output_json")
+    told = {
+        "key": list(runs.target.columns.id),
+        "status": runs.facts["status"].name,
+        "frozen": [*runs.target.columns.id, *frozen],
+        "terminal": list(runs.target.ends or ()),
+    }
+    return json.dumps(told, ensure_ascii=False)
+
+
+def _trigger_argument(connection: Connection, relation: Relation) -> str | None:
+    statement = text(
+        "SELECT convert_from(substr(tgargs, 1, length(tgargs) - 1), getdatabaseencoding())"
+        " FROM pg_trigger WHERE tgrelid = :table AND tgname = :name AND tgenabled <> 'D'"
+    )
+    found = connection.scalar(statement, {"table": relation.oid, "name": TRUTH_TRIGGER})
+    return None if found is None else str(found)
+
+
+def _index_names(runs: RunsTable) -> dict[str, sql.Composed]:
+    """The indexes that a sweep and a summary read by: name and definition."""
+    facts, target = runs.facts, runs.target
+    key = list(target.columns.id)
+    status = sql.Identifier(facts["status"].name)
+    first = [facts["created_at"].name] if "created_at" in facts else []
+    in_flight = sql.SQL(", ").join(sql.Literal(s) for s in target.in_flight)
+    # Only rows in flight are in it, so it stays small however large the table grows; and no
+    # column that a heartbeat writes, so that beats stay heap-only updates.
+    indexes = {
+        _index_name(runs, "in_flight"): _sql(
+            "({}) WHERE {} IN ({})", _names(_once(first + key)), status, in_flight
+        )
+    }
+    if target.crash_is_its_own_status and "completed_at" in facts:
+        indexes[_index_name(runs, "crashed")] = _sql(
+            "({} DESC NULLS LAST, {}) WHERE {} = {}",
+            sql.Identifier(facts["completed_at"].name),
+            _names([name for name in key if name != facts["completed_at"].name]),
+            status,
+            sql.Literal(target.crashed),
+        )
+    return indexes
+
+
+def _indexes(connection: Connection, runs: RunsTable) -> list[Change]:
+    if not runs.target.index:
+        return []
+    served = {"in_flight": "detection", "crashed": "the summary's newest ten"}
+    made = []
+    for name, definition in _index_names(runs).items():
+        why = next(what for end, what in served.items() if name.endswith(end))
+        build = _build(connection, runs.relation, name, definition)
+        made.append(Change(f"an index that serves {why}: {name}", tuple(build), alone=True))
+    return made
+
+
+def _build(
+    connection: Connection, relation: Relation, name: str, definition: sql.Composed
+) -> list[sql.Composed]:
+    """An index, built without keeping anyone from writing; of a partitioned table, part by part."""
+    tree = text(
+        "SELECT n.nspname AS schema, c.relname AS name, p.isleaf, p.level, pn.nspname AS up_schema,"
+        " pc.relname AS up_name FROM pg_partition_tree(:oid) p"
+        " JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " LEFT JOIN pg_class pc ON pc.oid = p.parentrelid"
+        " LEFT JOIN pg_namespace pn ON pn.oid = pc.relnamespace ORDER BY p.level, c.relname"
+    )
+    parts = list(connection.execute(tree, {"oid": relation.oid}).mappings())
+    if relation.kind != "p":
+        parts = [{"schema": relation.schema, "name": relation.name, "isleaf": True, "level": 0}]  # type: ignore[list-item]
+    ends = name.removeprefix(relation.name)
+    build: list[sql.Composed] = []
+    attach: list[sql.Composed] = []
+    for part in parts:
+        own = name if part["level"] == 0 else _fitted(part["name"], ends)
+        table = sql.Identifier(part["schema"], part["name"])
+        state = _index_state(connection, part["schema"], own)
+        if state is False and part["isleaf"]:  # an interrupted build
+            build.append(_sql("DROP INDEX CONCURRENTLY {}", _qualified(part["schema"], own)))
+        if state is None or (state is False and part["isleaf"]):
+            how = "CONCURRENTLY {} ON {} {}" if part["isleaf"] else "{} ON ONLY {} {}"
+            build.append(_sql(f"CREATE INDEX {how}", sql.Identifier(own), table, definition))
+            if part["level"]:
+                up = name if part["level"] == 1 else _fitted(part["up_name"], ends)
+                attach.append(
+                    _sql(
+                        "ALTER INDEX {} ATTACH PARTITION {}",
+                        _qualified(part["up_schema"], up),
+                        _qualified(part["schema"], own),
+                    )
+                )
+    return build + attach[::-1]
+
+
+def _index_state(connection: Connection, schema: str, name: str) -> bool | None:
+    """Whether the index of that name is valid; None if there is none."""
+    statement = text(
+        "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = :schema"
+        " AND c.relname = :name"
+    )
+    valid: bool | None = connection.scalar(statement, {"schema": schema, "name": name})
+    return valid
+
+
+def _index_name(runs: RunsTable, what: str) -> str:
+    return _fitted(runs.relation.name, f"_{what}")
+
+
+def _fitted(name: str, ending: str) -> str:
+    """``name`` and ``ending`` within the 63 bytes that an identifier may have."""
+    room = 63 - len(ending.encode())
+    return name.encode()[:room].decode(errors="ignore") + ending
+
+
+def _once(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _table(runs: RunsTable) -> sql.Identifier:
+    return sql.Identifier(runs.relation.schema, runs.relation.name)
+
+
+def _qualified(schema: str, name: str) -> sql.Identifier:
+    return sql.Identifier(schema, name)
+
+
+def _names(names: list[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, names))
+
+
+def _sql(template: LiteralString, *parts: Any) -> sql.Composed:
+    return sql.SQL(template).format(*parts)

@@ -1,0 +1,158 @@
+"""The ledger of sweeps and verdicts, and the function of the truth trigger."""
+
+from alembic import op
+
+revision = "ledger_0001"
+down_revision = None
+branch_labels = ("ledger",)
+
+TRUTH = """
+CREATE FUNCTION orphan_recovery.prevent_worker_run_mutation() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    told    jsonb := TG_ARGV[0];  -- how this table calls its key and its status, and what it keeps
+    before  jsonb := to_jsonb(OLD);
+    after   jsonb;
+    run     text;
+    status  text := before->>(told->>'status');
+    changed text;
+BEGIN
+    SELECT string_agg(before->>name, ', ') INTO run
+    FROM jsonb_array_elements_text(told->'key') AS name;
+    IF TG_OP = 'DELETE' THEN
+        RAISE EXCEPTION 'TRUTH_VIOLATION: run % is %, and a terminal run is never deleted',
+            run, status
+            USING ERRCODE = 'P0001',
+                  HINT = 'To retire old runs, see "Keeping the tables small" in the README.';
+    END IF;
+    after := to_jsonb(NEW);
+    SELECT string_agg(name, ', ') INTO changed
+    FROM jsonb_array_elements_text(told->'frozen') AS name
+    WHERE before->name IS DISTINCT FROM after->name;
+    IF changed IS NOT NULL THEN
+        RAISE EXCEPTION 'TRUTH_VIOLATION: run % is %, and a terminal run never changes (%)',
+            run, status, changed
+            USING ERRCODE = 'P0001',
+                  HINT = 'A retry is a new row that points to this one as its parent.';
+    END IF;
+    RETURN NEW;
+END $$
+"""
+
+SWEEPS = """
+CREATE TABLE orphan_recovery.sweeps (
+    sweep_id   uuid PRIMARY KEY,
+    target     text NOT NULL,
+    table_name text NOT NULL,
+    asked_by   text NOT NULL,
+    reason     text NOT NULL,
+    threshold  interval NOT NULL,
+    scope      jsonb NOT NULL,
+    version    text NOT NULL,
+    opened_at  timestamptz NOT NULL,
+    in_flight  bigint,
+    undatable  bigint,
+    ahead      bigint,
+    exempt     bigint,
+    ended_at   timestamptz,
+    ended_as   text CHECK (ended_as IN ('completed', 'failed', 'died', 'direct')),
+    detected   bigint,
+    marked     bigint,
+    missed     bigint,
+    failed     bigint,
+    error      text,
+    CHECK ((ended_at IS NULL) = (ended_as IS NULL))
+)
+"""
+
+VERDICTS = """
+CREATE TABLE orphan_recovery.verdicts (
+    sweep_id     uuid NOT NULL REFERENCES orphan_recovery.sweeps,
+    run_id       text NOT NULL,
+    target       text NOT NULL,
+    outcome      text NOT NULL CHECK (outcome IN (
+                     'marked', 'already_marked', 'finished_first', 'sign_of_life',
+                     'changed_hands', 'vanished', 'failed')),
+    worker_id    text,
+    tenant_id    text,
+    task         text,
+    status_seen  text NOT NULL,
+    sign_of_life timestamptz NOT NULL,
+    evidence     text NOT NULL,
+    silence      interval NOT NULL,
+    threshold    interval NOT NULL,
+    rule         text NOT NULL,
+    reason       text NOT NULL,
+    judged_at    timestamptz NOT NULL,
+    found        jsonb,
+    error        text,
+    PRIMARY KEY (sweep_id, run_id)
+)
+"""
+
+LEDGER_INDEXES = (
+    # The history of one run, and whether another sweep marked it.
+    "CREATE INDEX verdicts_run ON orphan_recovery.verdicts (target, run_id)",
+    # The newest verdicts that marked a run, for the summary.
+    "CREATE INDEX verdicts_marked ON orphan_recovery.verdicts (target, judged_at) "
+    "WHERE outcome = 'marked'",
+    # Sweeps to be closed because they died.
+    "CREATE INDEX sweeps_open ON orphan_recovery.sweeps (opened_at) WHERE ended_at IS NULL",
+)
+
+LEDGER_GUARD = """
+CREATE FUNCTION orphan_recovery.refuse_ledger_change() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'LEDGER_VIOLATION: % on %.% is refused, the ledger is append-only',
+        TG_OP, TG_TABLE_SCHEMA, TG_TABLE_NAME
+        USING ERRCODE = 'P0001';
+END $$
+"""
+
+# A sweep is written twice: when it opens, and when it is closed, once and with nothing but its
+# end.
+SWEEP_GUARD = """
+CREATE FUNCTION orphan_recovery.allow_one_close() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    ending text[] := ARRAY['ended_at', 'ended_as', 'detected', 'marked', 'missed', 'failed',
+                           'error'];
+BEGIN
+    IF OLD.ended_at IS NULL AND NEW.ended_at IS NOT NULL
+       AND to_jsonb(OLD) - ending = to_jsonb(NEW) - ending THEN
+        RETURN NEW;
+    END IF;
+    RAISE EXCEPTION 'LEDGER_VIOLATION: sweep % may be closed once, and is not to be changed',
+        OLD.sweep_id
+        USING ERRCODE = 'P0001';
+END $$
+"""
+
+LEDGER_TRIGGERS = (
+    "CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON orphan_recovery.verdicts "
+    "FOR EACH ROW EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()",
+    "CREATE TRIGGER no_truncate BEFORE TRUNCATE ON orphan_recovery.verdicts "
+    "FOR EACH STATEMENT EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()",
+    "CREATE TRIGGER append_only BEFORE DELETE ON orphan_recovery.sweeps "
+    "FOR EACH ROW EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()",
+    "CREATE TRIGGER one_close BEFORE UPDATE ON orphan_recovery.sweeps "
+    "FOR EACH ROW EXECUTE FUNCTION orphan_recovery.allow_one_close()",
+    "CREATE TRIGGER no_truncate BEFORE TRUNCATE ON orphan_recovery.sweeps "
+    "FOR EACH STATEMENT EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()",
+)
+
+
+def upgrade() -> None:
+    op.execute(TRUTH)
+    op.execute(SWEEPS)
+    op.execute(VERDICTS)
+    for statement in (*LEDGER_INDEXES, LEDGER_GUARD, SWEEP_GUARD, *LEDGER_TRIGGERS):
+        op.execute(statement)
+
+
+def downgrade() -> None:
+    op.execute("DROP TABLE orphan_recovery.verdicts, orphan_recovery.sweeps")
+    op.execute("DROP FUNCTION orphan_recovery.refuse_ledger_change()")
+    op.execute("DROP FUNCTION orphan_recovery.allow_one_close()")
+    op.execute("DROP FUNCTION orphan_recovery.prevent_worker_run_mutation()")

@@ -1,0 +1,96 @@
+"""Review: what `migrate` would do to a database, as SQL for a DBA to read. Executes nothing.
+
+The hazard is a script that says something else than what is done: so it is printed from the very
+statements that `migrate` executes.
+"""
+
+from sqlalchemy import Connection
+
+from orphan_recovery.catalog import ColumnFacts, Relation, look_up
+from orphan_recovery.ddl import changes, role_statements
+from orphan_recovery.ledger import SCHEMA
+from orphan_recovery.migrate import VERSION_TABLE, default_table_ddl, ledger_sql, revisions
+from orphan_recovery.runs import RunsTable, describe_runs
+from orphan_recovery.targets import DEFAULT_TABLE, Target
+
+
+def as_sql(connection: Connection, target: Target, role: str) -> str:
+    """All that is still to be done, as a script for psql.
+
+    Args:
+        connection: to the target's database; only read from.
+        target: whose table it is about.
+        role: the role that shall sweep.
+
+    Raises:
+        ConfigurationError: the target does not fit its database.
+    """
+    there = revisions(connection)
+    parts = [
+        f"-- What orphan-recovery needs for its target {target.name!r}, table {target.table}.",
+        "-- Run it as the owner of the table, with the right to create a schema and a role:",
+        f'--   orphan-recovery sql --target {target.name} | psql -v ON_ERROR_STOP=1 "$OWNER_URL"',
+        "",
+    ]
+    if any(name.startswith("ledger") for name in there):
+        parts += [f"-- The ledger is there already, in schema {SCHEMA}.", ""]
+    else:
+        parts += ["-- The ledger: sweeps and verdicts, append-only.", ledger_sql(), ""]
+    if target.is_default_table and "runs_0001" not in there:
+        statements, runs = _default_table(connection, target)
+        version = f"INSERT INTO {SCHEMA}.{VERSION_TABLE} VALUES ('runs_0001')"  # noqa: S608
+        parts += ["-- The runs table.", "BEGIN;", *(f"{s};" for s in (*statements, version))]
+        parts += ["COMMIT;", ""]
+    else:
+        runs = describe_runs(connection, target)
+    for change in changes(connection, runs):
+        alone = "; each statement by itself, outside any transaction" if change.alone else ""
+        parts.append(f"-- {change.why[0].upper()}{change.why[1:]}{alone}.")
+        parts += [f"{statement.as_string(None)};" for statement in change.statements]
+        parts.append("")
+    parts += [
+        "-- A role that may do what a sweep does, and nothing else. It has no password yet.",
+        "BEGIN;",
+        *(f"{statement.as_string(None)};" for statement in role_statements(runs, role)),
+        "COMMIT;",
+    ]
+    return "\n".join(parts)
+
+
+def _default_table(connection: Connection, target: Target) -> tuple[list[str], RunsTable]:
+    """How the default table is made, or the one that is there completed; and what it then is."""
+    found = look_up(connection, None, DEFAULT_TABLE)
+    statements, added = default_table_ddl(found)
+    columns = dict(found.columns) if found else {}
+    columns |= {name: _facts(name, kind) for name, kind in added.items()}
+    relation = Relation(
+        oid=found.oid if found else 0,
+        schema=found.schema if found else str(connection.dialect.default_schema_name),
+        name=DEFAULT_TABLE,
+        kind=found.kind if found else "r",
+        columns=columns,
+        unique=found.unique if found else (frozenset({"id"}),),
+        checks=found.checks if found else {},
+    )
+    return statements, describe_runs(connection, target, relation)
+
+
+def _facts(name: str, declared: str) -> ColumnFacts:
+    kind, category = {
+        "text": ("text", "S"),
+        "jsonb": ("jsonb", "U"),
+        "boolean": ("bool", "B"),
+        "timestamptz": ("timestamptz", "D"),
+        "integer": ("int4", "N"),
+    }.get(declared, (declared, "U"))
+    return ColumnFacts(
+        name=name,
+        declared=declared,
+        cast_name=f"pg_catalog.{kind}",
+        kind=kind,
+        category=category,
+        length=None,
+        labels=(),
+        is_domain=False,
+        is_generated=False,
+    )

@@ -1,0 +1,80 @@
+"""Schedule: how often a target is swept, as the Prefect API tells it. Reads only."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from orphan_recovery.database import describe
+from orphan_recovery.report import span
+from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Target, find_target
+
+DEFAULT_INTERVAL: Final = timedelta(minutes=5)
+"""Between sweeps, where nobody can be asked: what prefect.yaml says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What is known of a target's sweeps by schedule."""
+
+    told: str
+    every: timedelta | None = None
+    """None where nothing is known, or nothing is scheduled."""
+    way_out: str | None = None
+    """What to do, where something is amiss."""
+
+
+def look_up_schedule(target: Target) -> Schedule:
+    """Ask the Prefect API which deployments sweep ``target``, and how often."""
+    from prefect.settings import get_current_settings
+
+    api = get_current_settings().api.url
+    if not api:
+        return Schedule(
+            "no Prefect API is named, so no schedule is known",
+            way_out="set PREFECT_API_URL, unless sweeps come from cron or from workers' start-ups",
+        )
+    try:
+        deployments = _deployments(target)
+    except Exception as error:  # whatever the client makes of a server that is not there
+        told = f"the Prefect API at {api} cannot be asked: {describe(error)}"
+        return Schedule(told, way_out="see whether the server runs, and PREFECT_API_URL is right")
+    if not deployments:
+        return Schedule(
+            f"the Prefect API at {api} has no deployment that sweeps this target",
+            way_out="`prefect --no-prompt deploy --all`, or `orphan-recovery serve`",
+        )
+    names = ", ".join(sorted(deployment.name for deployment in deployments))
+    intervals = [
+        schedule.schedule.interval
+        for deployment in deployments
+        if not deployment.paused
+        for schedule in deployment.schedules
+        if schedule.active and hasattr(schedule.schedule, "interval")
+    ]
+    if not intervals:
+        return Schedule(
+            f"deployments at {api}: {names}; none has an interval schedule that is active",
+            way_out="resume the schedule of the deployment in Prefect's UI",
+        )
+    return Schedule(f"deployments at {api}: {names}; every {span(min(intervals))}", min(intervals))
+
+
+def _deployments(target: Target) -> list[Any]:
+    from prefect import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    flows = FlowFilter(name=FlowFilterName(any_=["recover-orphaned-runs", "recover-all-targets"]))
+    with get_client(sync_client=True) as client:
+        found = client.read_deployments(flow_filter=flows)
+    try:
+        meant = find_target().name
+    except ConfigurationError:  # several, and none of them is meant
+        meant = None
+    return [
+        deployment
+        for deployment in found
+        if deployment.parameters.get("target") == target.name
+        or (deployment.parameters.get("target") is None and target.name == meant)
+        or deployment.name == "all-targets"
+    ]

@@ -1,0 +1,416 @@
+"""Targets: which tables are swept, described in ``orphan-recovery.toml`` and the environment.
+
+The hazard is a description that is half understood: a misspelt column that is quietly left out, a
+rule that matches nothing, a sweep of another table than was meant. So every key is known or
+refused, by its file or variable, its name and the way out; and nothing connects anywhere before
+the whole file is understood.
+
+Without a file there is one target, ``default``: the table ``worker_runs``.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from orphan_recovery.database import redact
+from orphan_recovery.settings import (
+    CONFIG_VARIABLE,
+    MAX_THRESHOLD_MINUTES,
+    TARGET_VARIABLE,
+    ConfigurationError,
+    load_settings,
+)
+
+CONFIG_FILE: Final = "orphan-recovery.toml"
+DEFAULT_TARGET: Final = "default"
+DEFAULT_TABLE: Final = "worker_runs"
+TARGETS_PREFIX: Final = "ORPHAN_RECOVERY_TARGETS"
+
+_TARGET_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_TABLE_PART = re.compile(r'"((?:[^"]|"")+)"|([^".]+)')
+MATCHED: Final = ("task", "tenant_id", "worker_id", "status")
+"""What a rule may look at."""
+
+
+def _column(value: object) -> object:
+    if value is False or value == "false":
+        return ""
+    if not isinstance(value, str) or not value:
+        raise ValueError("give a column's name as the database has it, or false to leave it out")
+    return value
+
+
+def _key(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _words(value: object) -> object:
+    """Statuses may be numbers in the table; they are compared as text."""
+    if isinstance(value, list | tuple):
+        return tuple(str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
+    return value
+
+
+def _word(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, Field(min_length=1)]
+ColumnName = Annotated[str | None, BeforeValidator(_column)]
+"""None: the same name as here, if the table has it. Empty: left alone, whatever the table has."""
+Status = Annotated[Text, BeforeValidator(_word)]
+Statuses = Annotated[tuple[Text, ...], BeforeValidator(_words)]
+Minutes = Annotated[int, Field(ge=1, le=MAX_THRESHOLD_MINUTES)]
+
+
+class _Described(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Columns(_Described):
+    """What the table's columns are called there. Everything but id and status is optional."""
+
+    id: Annotated[tuple[Text, ...], BeforeValidator(_key), Field(min_length=1)] = ("id",)
+    """The key: one column, or several that are unique together."""
+    status: Text = "status"
+    worker_id: ColumnName = None
+    tenant_id: ColumnName = None
+    task: ColumnName = None
+    created_at: ColumnName = None
+    started_at: ColumnName = None
+    heartbeat_at: ColumnName = None
+    success: ColumnName = None
+    error: ColumnName = None
+    completed_at: ColumnName = None
+    parent_run_id: ColumnName = None
+    attempt: ColumnName = None
+    is_retry: ColumnName = None
+
+
+class Elsewhere(_Described):
+    """Signs of life that are kept in another table: of the run's worker, or of its own events."""
+
+    table: Text
+    key: Text
+    """The column there that says whose they are."""
+    run_key: Text
+    """The column of the runs table that holds the same."""
+    last_seen: Text
+    """The column with the times; the latest counts."""
+
+
+class Rule(_Described):
+    """Another threshold, or none at all, for some runs. The first that matches wins."""
+
+    match: dict[str, Text] = Field(min_length=1)
+    """Column to text; ``*`` stands for any text and ``?`` for any one character."""
+    threshold_minutes: Minutes | None = None
+    never: bool = False
+    reason: Text | None = None
+    """What the error text of such a run begins with, unless who asked for the sweep says."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if unknown := [name for name in self.match if name not in MATCHED]:
+            raise ValueError(
+                f"match looks at {', '.join(map(repr, unknown))}: it may look at "
+                + ", ".join(MATCHED)
+            )
+        if self.never == (self.threshold_minutes is not None):
+            raise ValueError("give either threshold_minutes, or never = true")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What it matches, for the ledger."""
+        return ", ".join(f"{column} = {text}" for column, text in self.match.items())
+
+
+class Target(_Described):
+    """One table that is swept: where it is, what its columns and statuses are called."""
+
+    name: str = DEFAULT_TARGET
+    database_url_env: Text | None = None
+    """The environment variable that holds its database's address."""
+    database_url_secret: Text | None = None
+    """The Prefect Secret block that holds it."""
+    table: Text = DEFAULT_TABLE
+    in_flight: Annotated[Statuses, Field(min_length=1)] = ("queued", "running")
+    crashed: Status = "crashed"
+    """What a crash is called there."""
+    terminal: Statuses | None = None
+    """The statuses of runs that have ended; None where nobody said."""
+    waiting: Statuses = ()
+    """Known, and none of recovery's business: runs that no worker holds."""
+    threshold_minutes: Minutes = Field(default_factory=lambda: load_settings().threshold_minutes)
+    heartbeat_seconds: Annotated[float, Field(gt=0)] | None = None
+    """How often workers beat, if it is known; `doctor` measures it where it is not."""
+    index: bool = True
+    """Whether `migrate` makes sure of the index that serves detection."""
+    truth_trigger: bool = False
+    """Whether `migrate` makes terminal rows immutable; always so for the default table."""
+    columns: Columns = Columns()
+    worker_heartbeat: Elsewhere | None = None
+    """Signs of life per worker, in a table of workers."""
+    run_events: Elsewhere | None = None
+    """Signs of life per run, in a table of its events or attempts."""
+    release: tuple[Text, ...] = ()
+    """Columns that the mark sets to NULL, where what they hold keeps a slot taken."""
+    rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.database_url_env and self.database_url_secret:
+            raise ValueError(
+                "database_url_env and database_url_secret are both given: a target has one source"
+            )
+        if not _TARGET_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"the target's name is {self.name!r}: give lower-case letters, digits, - and _, "
+                "beginning with a letter"
+            )
+        if self.crashed in self.in_flight:
+            raise ValueError(f"crashed is {self.crashed!r}, which in_flight has too")
+        for one, other in (("in_flight", "terminal"), ("in_flight", "waiting")):
+            both = set(getattr(self, one)) & set(getattr(self, other) or ())
+            if both:
+                raise ValueError(f"{one} and {other} both have {', '.join(sorted(both))}")
+        if self.terminal is not None and self.crashed not in self.terminal:
+            raise ValueError(f"terminal does not have {self.crashed!r}, which crashed is")
+        if self.truth_trigger and self.terminal is None:
+            raise ValueError("truth_trigger needs to know the terminal statuses: give terminal")
+        used: dict[str, str] = {}
+        for role, column in self.named_columns():
+            if column in used:
+                raise ValueError(f"{used[column]} and {role} are both the column {column!r}")
+            used[column] = role
+        split_table(self.table)
+        for elsewhere in (self.worker_heartbeat, self.run_events):
+            if elsewhere:
+                split_table(elsewhere.table)
+        written = {self.columns.status, self.columns.error, self.columns.completed_at}
+        if kept := [name for name in self.release if name in {*written, *self.columns.id}]:
+            raise ValueError(f"release has {kept[0]!r}, which the mark writes or is the key")
+        return self
+
+    def named_columns(self) -> list[tuple[str, str]]:
+        """Role and column for every column that is named, not merely supposed."""
+        named = [("id", column) for column in self.columns.id]
+        for role in Columns.model_fields:
+            column = getattr(self.columns, role)
+            if role != "id" and column:
+                named.append((role, column))
+        return named
+
+    @property
+    def is_default_table(self) -> bool:
+        """The project's own table, which `migrate` creates or adopts."""
+        own = Target(name=self.name, threshold_minutes=self.threshold_minutes)
+        same = ("table", "in_flight", "crashed", "columns")
+        return all(getattr(self, name) == getattr(own, name) for name in same)
+
+    @property
+    def ends(self) -> tuple[str, ...] | None:
+        """The terminal statuses, those of the default table among them; None if unknown."""
+        if self.terminal is None and self.is_default_table:
+            return ("completed", "failed", "crashed")
+        return self.terminal
+
+    @property
+    def crash_is_its_own_status(self) -> bool:
+        """Whether nothing but a crash ends so. Elsewhere only the ledger tells crashes apart."""
+        return self.crashed == "crashed"
+
+
+class _Targets(BaseSettings):
+    """The whole file; each value also by ``ORPHAN_RECOVERY_TARGETS__<TARGET>__<KEY>``."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ORPHAN_RECOVERY_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    targets: dict[str, Target] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: dict[str, Any]) -> dict[str, Any]:
+        targets = data.get("targets")
+        if not isinstance(targets, dict):
+            return data
+        named = {}
+        for name, described in targets.items():
+            if isinstance(described, dict):
+                if "name" in described:
+                    raise ValueError(f"targets.{name} has a key 'name': its heading is its name")
+                described = {**described, "name": name}
+            named[name] = described
+        return {**data, "targets": named}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings  # the environment comes before the file
+
+
+def load_targets() -> dict[str, Target]:
+    """All targets, by name, in the order of the file. Reads the file and the environment anew.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or something in it cannot be used. Names the
+            file or variable, the key, the value and the way out. All that is wrong at once.
+    """
+    path, data = _read_file()
+    try:
+        targets = _Targets(**data).targets
+    except ValidationError as error:
+        problems = [_explain(path, problem) for problem in error.errors()]
+        raise ConfigurationError("; ".join(problems)) from None
+    except ValueError as error:  # a variable that is no JSON where a list is wanted
+        raise ConfigurationError(
+            f"a variable {TARGETS_PREFIX}__… cannot be read: {error}; lists and tables are "
+            "given as JSON there"
+        ) from None
+    return targets or {DEFAULT_TARGET: Target()}
+
+
+def find_target(name: str | None = None) -> Target:
+    """The target of that name; without one, the target that is meant by default.
+
+    That is the one that ``ORPHAN_RECOVERY_TARGET`` names, else ``default``, else the only one.
+
+    Raises:
+        ConfigurationError: there is no such target, or several and none of them is meant.
+    """
+    targets, asked = load_targets(), "--target"
+    if name is None:
+        name, asked = load_settings().target, TARGET_VARIABLE
+    if name is not None:
+        if name not in targets:
+            raise ConfigurationError(
+                f"there is no target {name!r} ({asked}); there is {', '.join(map(repr, targets))}"
+                + ("" if _config_path() else f", and no file {CONFIG_FILE}")
+            )
+        return targets[name]
+    if DEFAULT_TARGET in targets:
+        return targets[DEFAULT_TARGET]
+    if len(targets) == 1:
+        return next(iter(targets.values()))
+    raise ConfigurationError(
+        f"which target? There is {', '.join(map(repr, targets))}: name one, by --target or "
+        f"{TARGET_VARIABLE}, or call one {DEFAULT_TARGET!r}"
+    )
+
+
+def split_table(name: str) -> tuple[str | None, str]:
+    """``schema.table`` as its two names; each as the catalogue has it, or in double quotes.
+
+    Raises:
+        ValueError: it is not one or two names.
+    """
+    parts, rest = [], name
+    while match := _TABLE_PART.match(rest):
+        quoted, plain = match.groups()
+        parts.append(quoted.replace('""', '"') if quoted else plain)
+        rest = rest[match.end() :]
+        if not rest.startswith("."):
+            break
+        rest = rest[1:]
+        if not rest:
+            break
+    if rest or not 1 <= len(parts) <= 2 or name.endswith("."):
+        raise ValueError(
+            f"table is {name!r}: give table or schema.table, a name that has a dot or a double "
+            'quote in it in double quotes, such as "my.schema"."my.table"'
+        )
+    return (parts[0], parts[1]) if len(parts) == 2 else (None, parts[0])
+
+
+def default_threshold() -> int:
+    """The threshold in minutes of the target that is meant by default.
+
+    Where several are configured and none is meant, that of the environment.
+
+    Raises:
+        ConfigurationError: the file, or a variable, cannot be used.
+    """
+    targets, settings = load_targets(), load_settings()
+    if settings.target is None and DEFAULT_TARGET not in targets and len(targets) > 1:
+        return settings.threshold_minutes
+    return find_target().threshold_minutes
+
+
+def where(target: Target, *keys: str) -> str:
+    """Where a value was given, for an error: its variable, or its place in the file."""
+    path = _config_path() or Path(CONFIG_FILE)
+    return _place(path, ["targets", target.name, *keys])
+
+
+def _place(path: Path, keys: list[str]) -> str:
+    variable = "__".join([TARGETS_PREFIX, *keys[1:]]).upper()
+    given_by = {name.upper() for name in os.environ}
+    return variable if variable in given_by else f"{path}: {'.'.join(keys)}"
+
+
+def _config_path() -> Path | None:
+    """The file to read, or None where there is none and none was named."""
+    named = load_settings().config
+    if named is not None:
+        return named
+    path = Path(CONFIG_FILE)
+    return path if path.exists() else None
+
+
+def _read_file() -> tuple[Path, dict[str, Any]]:
+    path = _config_path()
+    if path is None:
+        return Path(CONFIG_FILE), {}
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(
+            f"{CONFIG_VARIABLE} names {str(path)!r}, which cannot be read ({error.strerror}): "
+            "name the file that describes the targets, or unset it"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from None
+
+
+def _explain(path: Path, problem: Any) -> str:
+    keys = [str(part) for part in problem["loc"]]
+    place = _place(path, keys)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(keys)
+        close = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{place} is no key: {hint}known are {', '.join(known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    if isinstance(value, dict | list | tuple | BaseModel) or problem["type"] == "missing":
+        return f"{place}: {message[0].lower()}{message[1:]}" if keys else f"{path}: {message}"
+    return f"{place} is {redact(repr(value))}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(keys: list[str]) -> list[str]:
+    """The keys that may stand where the last of ``keys`` does."""
+    models: dict[str, type[BaseModel]] = {
+        "columns": Columns,
+        "worker_heartbeat": Elsewhere,
+        "run_events": Elsewhere,
+        "rules": Rule,
+    }
+    if len(keys) == 1:
+        return ["targets"]
+    model = models.get(keys[2], Target) if len(keys) > 3 else Target
+    return [name for name in model.model_fields if (model, name) != (Target, "name")]
