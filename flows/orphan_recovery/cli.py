@@ -1,14 +1,17 @@
 """The command line: a thin face over the same verbs, with an exit code that a script can trust.
 
 Exit codes: 0 well; 1 a run could not be marked, or the sweep did not come to its end; 2 bad usage
-or configuration.
+or configuration; 3 held: too much of the fleet looked dead, and a person is asked.
 """
 
 import asyncio
+import getpass
 import json
 import logging
 import os
+import socket
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,8 +34,9 @@ from orphan_recovery.cli_options import (
     Threshold,
     Worker,
 )
-from orphan_recovery.database import address, describe
+from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.log import EventFormatter, logger
+from orphan_recovery.report import iso
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target, find_target, load_targets
@@ -85,8 +89,9 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Run one whole sweep in this process, without Prefect."""
-    from orphan_recovery.recover import run_sweep, whoami
+    from orphan_recovery.recover import run_sweep
     from orphan_recovery.report import SweepReport
+    from orphan_recovery.sweep import whoami
 
     if target is not None and all_targets:
         raise ConfigurationError("--target and --all-targets are both given: give one of them")
@@ -118,7 +123,48 @@ def sweep(
     if as_json:
         told = [report.as_dict() for report in reports]
         typer.echo(json.dumps(told if all_targets else told[0], indent=2))
-    raise typer.Exit(0 if all(report.ended_well for report in reports) else 1)
+    raise typer.Exit(_exit_code(reports))
+
+
+def _exit_code(reports: "list[SweepReport]") -> int:
+    """A run that could not be marked comes before one that was not dared."""
+    if all(report.ended_well for report in reports):
+        return 0
+    amiss = [report for report in reports if not report.ended_well]
+    return 3 if all(report.is_held for report in amiss) else 1
+
+
+@app.command()
+def approve(
+    hold: Annotated[str, typer.Argument(help="The hold's id, or the beginning of it.")],
+    target: TargetName = None,
+    minutes: Annotated[int, typer.Option(help="How long the approval holds.", min=1)] = 60,
+    note: Annotated[str | None, typer.Option(help="Why, for the ledger.")] = None,
+) -> None:
+    """Release one hold: the next sweep marks the runs that it names, and no others.
+
+    For when you have seen that the workers it speaks of are dead.
+    """
+    from orphan_recovery.hold import approve as release
+
+    async def released() -> Any:
+        engine = make_engine(address(find_target(target)))
+        try:
+            async with transaction(engine) as connection:
+                lasting = timedelta(minutes=minutes)
+                return await release(connection, hold, by=_person(), lasting=lasting, note=note)
+        finally:
+            await engine.dispose()
+
+    hold_id, expires_at = asyncio.run(released())
+    typer.echo(f"hold {hold_id} is released until {iso(expires_at)}; the next sweep marks its runs")
+
+
+def _person() -> str:
+    try:
+        return f"{getpass.getuser()} on {socket.gethostname()}"
+    except OSError:  # a user without a name, as in some containers
+        return f"user {os.getuid()} on {socket.gethostname()}"
 
 
 @app.command()
@@ -136,6 +182,13 @@ def summary(target: TargetName = None, as_json: AsJson = False) -> None:
         typer.echo(f"    {crash['error'] or '(no error text)'}")
     more = ", the newest ten above" if told["total_crashed"] > 10 else ""
     typer.echo(f"{told['total_crashed']} crashed in all{more}")
+    if (contests := told["contests"]) and contests["contested"]:
+        share = f"{contests['contested']} of {contests['verdicts']} ({contests['rate']:.1%})"
+        typer.echo(f"{share} verdicts of the last 30 days were contested by a worker that lived")
+        for side in ("task", "worker"):
+            for row in contests[f"by_{side}"]:
+                name = row["task" if side == "task" else "worker_id"] or "(none)"
+                typer.echo(f"    {side} {name}: {row['contested']} of {row['verdicts']}")
 
 
 @app.command()
@@ -167,6 +220,7 @@ def trigger(
     Prints the flow run's address. With --wait, exits 0 only when the sweep ended well.
     """
     from orphan_recovery.deploy import trigger_sweep
+    from orphan_recovery.flow_hold import HELD
 
     asked: dict[str, Any] = {
         "target": target,
@@ -182,6 +236,8 @@ def trigger(
     # where sweeps run, and need not be here.
     checked = {name: value for name, value in given.items() if name != "target"}
     SweepRequest(asked_by="trigger", target=Target(), **checked)
+    if all_targets and target is not None:
+        raise ConfigurationError("--target and --all-targets are both given: give one of them")
     if all_targets and (narrowing := given.keys() - {"dry_run", "reason"}):
         raise ConfigurationError(
             f"--all-targets sweeps each target by its own description: leave out "
@@ -194,6 +250,8 @@ def trigger(
     )
     if not wait or (run.state and run.state.is_completed()):
         return
+    if run.state and run.state.name == HELD:
+        _fail("the sweep is held, and waits for a person", code=3)
     if run.state and run.state.is_final():
         _fail(f"the sweep ended {run.state_name}", code=1)
     _fail(

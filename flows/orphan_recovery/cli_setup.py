@@ -1,4 +1,4 @@
-"""The commands that set a target up: init, doctor, sql, migrate. A thin face, like the others.
+"""The commands that set a target up: init, doctor, sql, migrate, backtest. A thin face too.
 
 They are kept apart from the sweep's because they are for a person, once, and not for a schedule.
 """
@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import NullPool
 
 from orphan_recovery.cli_options import AsJson, TargetName
-from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address
+from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address, shown
 from orphan_recovery.settings import ConfigurationError, load_settings
 from orphan_recovery.targets import CONFIG_FILE, Target, find_target, load_targets
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands, in the order in which a new user needs them."""
-    for command in (init, doctor, sql, migrate):
+    for command in (init, doctor, sql, migrate, backtest):
         app.command()(command)
 
 
@@ -41,7 +42,7 @@ def init(
     Appends to orphan-recovery.toml (or the file that ORPHAN_RECOVERY_CONFIG names), and changes
     nothing in the database.
     """
-    from orphan_recovery.guess import draft_target
+    from orphan_recovery.guess import GUESS_AGAIN, draft_target
     from orphan_recovery.runs import describe_runs
 
     path = load_settings().config or Path(CONFIG_FILE)
@@ -49,15 +50,29 @@ def init(
         raise ConfigurationError(
             f"{path} has a target {target!r} already: choose another name, or edit it there"
         )
-    probe = Target(name=target, database_url_env=database_url_env)  # or refuse the name
+    try:
+        probe = Target(name=target, database_url_env=database_url_env)
+    except ValidationError as error:
+        told = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+        raise ConfigurationError(told) from None
+    unfit = None
     with _connected(probe) as connection:
         described, section = draft_target(connection, target, table, database_url_env)
-        describe_runs(connection, described)  # a draft that does not even fit is not written
+        try:
+            describe_runs(connection, described)
+        except ConfigurationError as error:
+            if GUESS_AGAIN not in section:  # it does not even fit where it claims to
+                raise
+            unfit = error
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     parted = before if not before or before.endswith("\n\n") else before.rstrip("\n") + "\n\n"
     path.write_text(parted + section, encoding="utf-8")
     typer.echo(section)
-    typer.echo(f"written to {path}. Read each guess, then:")
+    if unfit is not None:
+        typer.echo(f"written to {path}, and not fit yet: {unfit}")
+        typer.echo(f"Correct the lines that say {GUESS_AGAIN}, then:")
+    else:
+        typer.echo(f"written to {path}. Read each guess, then:")
     typer.echo(f"  orphan-recovery doctor --target {target}")
     typer.echo(f"  orphan-recovery sql --target {target}      # what `migrate` would do there")
     typer.echo(f"  orphan-recovery sweep --target {target} --dry-run")
@@ -90,6 +105,10 @@ def sql(
     role: Annotated[
         str, typer.Option(help="The least-privilege role that sweeps.")
     ] = "orphan_recovery_sweep",
+    worker_role: Annotated[
+        str | None,
+        typer.Option(help="The role that workers have, where they use orphan_recovery.alive."),
+    ] = None,
 ) -> None:
     """Print all that `migrate` would do, and a role for the sweep, for a DBA to review.
 
@@ -100,7 +119,7 @@ def sql(
 
     meant = find_target(target)
     with _connected(meant) as connection:
-        typer.echo(as_sql(connection, meant, role))
+        typer.echo(as_sql(connection, meant, role, worker_role))
 
 
 def migrate(
@@ -120,13 +139,41 @@ def migrate(
     meant = find_target(target)
     url = address(meant)
     did = schema.unmigrate(meant, url) if down else schema.migrate(meant, url)
-    where = f"{url.render_as_string(hide_password=True)} (target {meant.name})"
+    where = f"{shown(url)} (target {meant.name})"
     for what in did.done:
         typer.echo(f"{'removed' if down else 'made'}: {what}")
     if did.done:
         typer.echo(f"{where} went from revision {did.before} to {did.after}")
     else:
         typer.echo(f"{where} is at revision {did.after} already, with nothing to do")
+
+
+def backtest(
+    target: TargetName = None,
+    threshold_minutes: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="A threshold to replay, in minutes; give it again for more. Default: a ladder "
+            "from 1 to 240. The target's own is always added.",
+            show_default=False,
+        ),
+    ] = None,
+    days: Annotated[
+        int, typer.Option(help="Only runs that ended, and verdicts given, in so many days.")
+    ] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Replay thresholds over runs that lived: which would have crashed some? Reads only."""
+    from rich.console import Console
+
+    from orphan_recovery.backtest import backtest_target
+    from orphan_recovery.backtest_report import as_dict, show
+
+    tested = asyncio.run(backtest_target(find_target(target), threshold_minutes or None, days))
+    if as_json:
+        typer.echo(json.dumps(as_dict(tested), indent=2))
+    else:
+        show(tested, Console(highlight=False))
 
 
 class _connected:  # noqa: N801 - used as a function

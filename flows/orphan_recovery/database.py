@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 from sqlalchemy import URL, func, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -146,6 +147,11 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
                 )
             )
             yield connection
+
+
+def shown(url: URL) -> str:
+    """An address for people: without its password, and readable where a socket's path is in it."""
+    return unquote(url.render_as_string(hide_password=True))
 
 
 _IN_ADDRESS = re.compile(r"(://[^:/?#\s@]*:)([^\s]*)(@)")

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, text
 from orphan_recovery.catalog import Relation
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.runs import RunsTable
+from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import split_table
 
 DEFAULT_ROLE: Final = "orphan_recovery_sweep"
@@ -23,7 +24,7 @@ WRITTEN: Final = ("status", "success", "error", "completed_at")
 """The roles that a mark writes."""
 _TRUTH: Final = (
     *("status", "success", "error", "started_at", "completed_at"),
-    *("worker_id", "tenant_id"),
+    *("worker_id", "tenant_id", "output_json"),
 )
 """The roles that a terminal row keeps for ever, besides its key."""
 
@@ -60,30 +61,35 @@ def undoing(connection: Connection, runs: RunsTable) -> list[Change]:
     return undone
 
 
-def create_index(runs: RunsTable) -> str:
-    """The statement that creates the index which serves detection, for a person to read."""
+def create_index(connection: Connection, runs: RunsTable) -> str:
+    """The statements that make the index which serves detection, for a person to read."""
     name, definition = next(iter(_index_names(runs).items()))
-    statement = _sql(
-        "CREATE INDEX CONCURRENTLY {} ON {} {}", sql.Identifier(name), _table(runs), definition
-    )
-    return statement.as_string(None)
+    build = _build(connection, runs.relation, name, definition)
+    return "; ".join(statement.as_string(None) for statement in build)
 
 
-def role_statements(runs: RunsTable, role: str) -> list[sql.Composed]:
+def role_statements(runs: RunsTable, role: str, database: str) -> list[sql.Composed]:
     """A role that may do what a sweep does, and nothing else; as the owner of the tables.
 
     It may read what detection reads, write what a mark writes, and append to the ledger. It is
     created without a password. Other tables with signs of life are only ever read.
     """
+    if not 1 <= len(role.encode()) <= 63:
+        raise ConfigurationError(f"role is {role!r}: give a name of 1 to 63 bytes")
     who, table, ledger = sql.Identifier(role), _table(runs), sql.Identifier(SCHEMA)
-    read, written = [column.name for column in runs.columns], written_columns(runs)
+    # Not the result: a sweep has no business with it.
+    read = [column.name for column in runs.columns if column.key != "output_json"]
+    written = written_columns(runs)
+    create = _sql(  # a literal, not dollar quotes: they may be in the name
+        "BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = {}) "
+        "THEN CREATE ROLE {} LOGIN; END IF; END",
+        sql.Literal(role),
+        who,
+    )
     statements = [
-        _sql(
-            "DO $do$ BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = {}) "
-            "THEN CREATE ROLE {} LOGIN; END IF; END $do$",
-            sql.Literal(role),
-            who,
-        ),
+        _sql("DO {}", sql.Literal(create.as_string(None))),
+        _sql("GRANT CONNECT ON DATABASE {} TO {}", sql.Identifier(database), who),
+        _sql("REVOKE ALL ON SCHEMA {} FROM {}", ledger, who),
         _sql("REVOKE ALL ON {} FROM {}", table, who),
         _sql("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}", ledger, who),
         _sql(
@@ -96,14 +102,20 @@ def role_statements(runs: RunsTable, role: str) -> list[sql.Composed]:
             table,
             who,
         ),
-        _sql("GRANT SELECT, INSERT ON {0}.sweeps, {0}.verdicts TO {1}", ledger, who),
         _sql(
-            "GRANT UPDATE (ended_at, ended_as, detected, marked, missed, failed, error) "
-            "ON {}.sweeps TO {}",
+            "GRANT SELECT, INSERT ON {0}.sweeps, {0}.verdicts, {0}.holds, {0}.hold_runs, "
+            "{0}.approvals TO {1}",
             ledger,
             who,
         ),
-        _sql("GRANT SELECT ON {}.schema_version TO {}", ledger, who),
+        _sql(
+            "GRANT UPDATE (ended_at, ended_as, detected, marked, missed, failed, looked_twice, "
+            "hold, error) ON {}.sweeps TO {}",
+            ledger,
+            who,
+        ),
+        _sql("GRANT UPDATE (ended_at, ended_as, ended_by) ON {}.holds TO {}", ledger, who),
+        _sql("GRANT SELECT ON {0}.contests, {0}.schema_version TO {1}", ledger, who),
     ]
     for asked in (runs.target.worker_heartbeat, runs.target.run_events):
         if asked is None:
@@ -111,10 +123,21 @@ def role_statements(runs: RunsTable, role: str) -> list[sql.Composed]:
         schema, name = split_table(asked.table)
         kept = sql.Identifier(name) if schema is None else sql.Identifier(schema, name)
         columns = _names([asked.key, asked.last_seen])
+        statements.append(_sql("REVOKE ALL ON {} FROM {}", kept, who))
         statements.append(_sql("GRANT SELECT ({}) ON {} TO {}", columns, kept, who))
         if schema not in (None, runs.relation.schema):
             statements.append(_sql("GRANT USAGE ON SCHEMA {} TO {}", sql.Identifier(schema), who))
     return statements
+
+
+def worker_statements(role: str) -> list[sql.Composed]:
+    """What a role that workers have needs besides its own table: to record a contested verdict."""
+    who, ledger = sql.Identifier(role), sql.Identifier(SCHEMA)
+    return [
+        _sql("GRANT USAGE ON SCHEMA {} TO {}", ledger, who),
+        _sql("GRANT SELECT ON {}.verdicts TO {}", ledger, who),
+        _sql("GRANT SELECT, INSERT ON {}.contests TO {}", ledger, who),
+    ]
 
 
 def written_columns(runs: RunsTable) -> list[str]:
@@ -151,8 +174,6 @@ def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:
 def _truth_argument(runs: RunsTable) -> str:
     """What the trigger's function has to know of this table."""
     frozen = [runs.facts[role].name for role in _TRUTH if role in runs.facts]
-    if "output_json" in runs.relation.columns:  # the result, in the default table
-        frozen.append("output_json")
     told = {
         "key": list(runs.target.columns.id),
         "status": runs.facts["status"].name,

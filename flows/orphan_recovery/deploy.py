@@ -27,6 +27,7 @@ from orphan_recovery.flow import (
     recover_all_targets,
     recover_orphaned_runs,
 )
+from orphan_recovery.flow_hold import HELD
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target, load_targets
 
@@ -147,7 +148,8 @@ async def _follow(run: FlowRun, timeout_seconds: float, tell: Callable[[str], No
             if run.state_name != told:
                 told = run.state_name
                 tell(f"{told}{': ' + run.state.message if run.state and run.state.message else ''}")
-            if (run.state and run.state.is_final()) or time.monotonic() > give_up_at:
+            held = run.state and run.state.name == HELD
+            if held or (run.state and run.state.is_final()) or time.monotonic() > give_up_at:
                 return run
             await asyncio.sleep(POLL_SECONDS)
 

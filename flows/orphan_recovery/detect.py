@@ -6,12 +6,13 @@ beat (``heartbeat_at``), or set the threshold above the longest run. Nothing is 
 good: marking repeats the whole predicate under a lock.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, Text, func, literal, select, tuple_
-from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, select, tuple_
+from sqlalchemy.dialects.postgresql import TIMESTAMP, aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
@@ -21,6 +22,7 @@ from orphan_recovery.rules import in_words, number_of, reason_of, shortest, thre
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import TIMES, RunsTable, runs_table
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Target
 
 _AWARE = TIMESTAMP(timezone=True)
 
@@ -53,6 +55,7 @@ async def detect(
     *,
     after: WorkerRun | None = None,
     page: int | None = None,
+    among: Callable[[RunsTable], ColumnElement[bool]] | None = None,
 ) -> list[WorkerRun]:
     """The orphans within ``request``'s scope, oldest sign of life first. Reads only.
 
@@ -62,9 +65,12 @@ async def detect(
         after: go on behind this one, in the same order. Keys, not offsets: runs that stay
             orphans (because they cannot be marked) never starve the rest.
         page: at most so many rows.
+        among: only runs for which this holds.
     """
     runs = await runs_table(db, request.target)
     statement = orphans(runs, request, after=after)
+    if among is not None:
+        statement = statement.where(among(runs))
     bounds = [n for n in (page, request.limit) if n is not None]
     if bounds:
         statement = statement.limit(min(bounds))
@@ -77,7 +83,7 @@ def orphans(
 ) -> Select[Any]:
     """The statement that finds orphans. Served by a partial index of what is in flight."""
     now = func.statement_timestamp(type_=_AWARE)
-    threshold = threshold_of(runs, literal(request.threshold))
+    threshold = threshold_of(runs, request)
     statement = (
         select(
             runs.run_id.label("id"),
@@ -89,22 +95,24 @@ def orphans(
             runs.sign_of_life.label("sign_of_life"),
             runs.evidence.label("evidence"),
             threshold.label("threshold"),
-            number_of(runs).label("rule"),
+            number_of(runs, request).label("rule"),
             now.label("seen_at"),
         )
         .select_from(runs.reads_from())
         .where(runs.in_flight)  # what is terminal never comes up
         .where(runs.silent_since(now - threshold, now - shortest(request)))  # database time
+        .where(~runs.is_locked)  # a lock is proof of life
         .order_by(runs.sign_of_life, *runs.key)  # longest silence first; ties always the same way
     )
-    statement = _within(statement, runs, request)
+    statement = statement.where(*_scope(runs, request))
     if after is not None:
         last = (literal(after.sign_of_life, _AWARE), *runs.key_of(literal(after.id, Text)))
         statement = statement.where(tuple_(runs.sign_of_life, *runs.key) > tuple_(*last))
     return statement
 
 
-def _within(statement: Select[Any], runs: RunsTable, request: SweepRequest) -> Select[Any]:
+def _scope(runs: RunsTable, request: SweepRequest) -> list[ColumnElement[bool]]:
+    conditions = []
     for role, name in (("tenant_id", request.tenant), ("worker_id", request.worker)):
         if name is None:
             continue
@@ -113,8 +121,8 @@ def _within(statement: Select[Any], runs: RunsTable, request: SweepRequest) -> S
                 f"only {role} {name!r} was asked for, but target {runs.target.name!r} has no "
                 f"column for {role}: name it under columns, or ask for the whole table"
             )
-        statement = statement.where(runs.text(role) == name)
-    return statement
+        conditions.append(runs.text(role) == name)
+    return conditions
 
 
 def _snapshot(request: SweepRequest, row: dict[str, Any]) -> WorkerRun:
@@ -124,7 +132,7 @@ def _snapshot(request: SweepRequest, row: dict[str, Any]) -> WorkerRun:
     number = row.pop("rule")
     return WorkerRun(
         target=request.target.name,
-        rule=in_words(request.target, number),
+        rule=in_words(request, number),
         rule_reason=reason_of(request.target, number),
         sweep_id=request.sweep_id,
         **row,
@@ -136,6 +144,10 @@ class Fleet:
     """All that is in flight, and the part of it that silence cannot judge."""
 
     in_flight: int
+    orphans: int
+    """Runs that have been silent for their threshold or longer."""
+    beating: int
+    """Those of them that have beaten once: their last sign of life is a heartbeat."""
     undatable: int
     """Runs without any sign of life: no created_at, no started_at, no heartbeat_at."""
     ahead: int
@@ -150,18 +162,21 @@ class Fleet:
 async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
     """Count the runs in flight, and those whose silence cannot be judged. Reads only.
 
-    Neither kind is marked, so each sweep has to say that they are there: else an orphan among
-    them would be silently lost.
+    Neither undatable nor ahead runs are marked, so each sweep has to say that they are there:
+    else an orphan among them would be silently lost.
     """
     runs = await runs_table(db, request.target)
     now = func.statement_timestamp(type_=_AWARE)
     # A minute of grace: a beat that was written while this statement began is no wrong clock.
     ahead = runs.sign_of_life > now + timedelta(minutes=1)
     workers = func.array_agg(runs.text("worker_id").distinct()).filter(ahead)
-    threshold = threshold_of(runs, literal(request.threshold))
+    threshold = threshold_of(runs, request)
+    silent = and_(runs.sign_of_life <= now - threshold, ~runs.is_locked)
     statement = (
         select(
             func.count().label("in_flight"),
+            func.count().filter(silent).label("orphans"),
+            func.count().filter(silent, runs.evidence != Evidence.AGE.value).label("beating"),
             func.count().filter(runs.sign_of_life.is_(None)).label("undatable"),
             func.count().filter(ahead).label("ahead"),
             func.coalesce(workers, []).label("ahead_workers"),
@@ -169,8 +184,77 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
             now.label("seen_at"),
         )
         .select_from(runs.reads_from())
-        .where(runs.in_flight)
+        .where(runs.in_flight, *_scope(runs, request))
     )
-    row = (await db.execute(_within(statement, runs, request))).mappings().one()
+    row = (await db.execute(statement)).mappings().one()
     workers_ahead = sorted(w for w in row["ahead_workers"] if w is not None)[:10]
     return Fleet(**{**row, "ahead_workers": workers_ahead})
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """How much of the fleet is silent. Counted in workers; in runs where no worker is kept."""
+
+    orphans: int
+    """In runs."""
+    workers: int
+    """All that hold a run in flight."""
+    silent_workers: int
+    """Those of them that hold orphans only."""
+    some: list[str]
+    """Up to ten of the latter."""
+    first: datetime | None
+    """The earliest last sign of life of an orphan."""
+    last: datetime | None
+    """The latest."""
+
+    def is_too_much(self, target: Target) -> bool:
+        """Whether it is more than this target is to believe without a person."""
+        enough = self.workers >= target.hold_least_workers
+        return enough and self.silent_workers > target.hold_share * self.workers
+
+
+async def look_at_silence(
+    db: Executor, request: SweepRequest, among: ColumnElement[bool] | None = None
+) -> Silence:
+    """Count the workers that look dead, and all. Reads only.
+
+    Args:
+        db: where to read.
+        request: threshold, rules and scope. What is out of scope is none of the silent, and part
+            of the whole: a sweep of one worker's runs is no danger to a fleet.
+        among: count only runs for which this holds.
+    """
+    runs = await runs_table(db, request.target)
+    now = func.statement_timestamp(type_=_AWARE)
+    threshold = threshold_of(runs, request)
+    overdue = and_(runs.sign_of_life <= now - threshold, ~runs.is_locked, *_scope(runs, request))
+    silent = func.coalesce(overdue, false())
+    worker = runs.text("worker_id") if runs.has("worker_id") else runs.run_id
+    by_worker = (
+        select(
+            worker.label("worker"),
+            func.count().filter(silent).label("orphans"),
+            func.bool_and(silent).label("all_silent"),
+            func.min(runs.sign_of_life).filter(silent).label("first"),
+            func.max(runs.sign_of_life).filter(silent).label("last"),
+        )
+        .select_from(runs.reads_from())
+        .where(runs.in_flight)
+        .group_by(worker)
+    )
+    if among is not None:
+        by_worker = by_worker.where(among)
+    each = by_worker.subquery()
+    dead = each.c.all_silent & each.c.worker.is_not(None)
+    names = func.array_agg(aggregate_order_by(each.c.worker, each.c.worker)).filter(dead)
+    statement = select(
+        func.coalesce(func.sum(each.c.orphans), 0).label("orphans"),
+        func.count(each.c.worker).label("workers"),
+        func.count().filter(dead).label("silent_workers"),
+        func.coalesce(names[1:10], []).label("some"),
+        func.min(each.c.first).label("first"),
+        func.max(each.c.last).label("last"),
+    )
+    row = (await db.execute(statement)).mappings().one()
+    return Silence(**{**row, "orphans": int(row["orphans"])})

@@ -12,19 +12,19 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy import Select, func, literal, select, text
+from sqlalchemy import Select, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import address, describe, make_engine
 from orphan_recovery.ddl import create_index, truth_trigger_is_there, written_columns
 from orphan_recovery.detect import look_at_fleet, orphans
+from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.ledger import SCHEMA, Ended, sweeps
 from orphan_recovery.migrate import newest_revisions, revisions
 from orphan_recovery.report import span
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.rules import shortest, threshold_of
-from orphan_recovery.run import Evidence
+from orphan_recovery.rules import shortest
 from orphan_recovery.runs import ROLES, RunsTable, runs_table
 from orphan_recovery.schedule import DEFAULT_INTERVAL, Schedule, look_up_schedule
 from orphan_recovery.settings import ConfigurationError
@@ -34,8 +34,6 @@ OLDEST_SERVER: Final = 140_000
 """Postgres 14, as ``server_version_num`` has it."""
 BEATS: Final = 3
 """Heartbeats that a threshold has to outlast at least, besides one interval between sweeps."""
-LEAST_SAMPLE: Final = 5
-"""Beating runs from which an interval is estimated at all."""
 PATIENCE_MS: Final = 10_000
 
 
@@ -164,7 +162,7 @@ async def _columns(asked: _Examined) -> list[Finding]:
 
 async def _privileges(asked: _Examined) -> list[Finding]:
     table, target = asked.table, asked.table.target
-    needed = [("SELECT", fact.name) for fact in table.facts.values()]
+    needed = [("SELECT", f.name) for role, f in table.facts.items() if role != "output_json"]
     needed += [("UPDATE", name) for name in written_columns(table)]
     statement = text("SELECT has_column_privilege(CAST(:table AS oid), :name, :what)")
     lacking = [
@@ -250,16 +248,29 @@ async def _index(asked: _Examined) -> list[Finding]:
             if node["Node Type"] == "Seq Scan" and node["Relation Name"] in whole
         }
     )
+    kept = {str(kept.table.name) for kept in asked.table.elsewhere.values()}
+    unserved = sorted({n["Relation Name"] for n in nodes if n["Node Type"] == "Seq Scan"} & kept)
+    found = [
+        Finding(
+            Level.WARNING,
+            "index",
+            f"every sweep reads the whole of {name} for each run in flight",
+            f"create an index on the key column of {name}",
+        )
+        for name in unserved
+    ]
     if serving and not read_whole:
-        return [Finding(Level.OK, "index", f"detection is served by {', '.join(serving)}")]
+        told = f"detection is served by {', '.join(serving)}"
+        return [Finding(Level.OK, "index", told), *found]
     return [
+        *found,
         Finding(
             Level.WARNING,
             "index",
             f"no index serves detection: every sweep reads the whole of {asked.table.name}",
             f"`orphan-recovery migrate --target {asked.table.target.name}`, or as the owner: "
-            + create_index(asked.table),
-        )
+            + await asked.db.run_sync(create_index, asked.table),
+        ),
     ]
 
 
@@ -289,7 +300,7 @@ async def _ledger(asked: _Examined) -> list[Finding]:
     if lacking := [name for name in newest_revisions(target) if name not in there]:
         told = f"the schema {SCHEMA!r} lacks {', '.join(lacking)}"
         return [Finding(Level.FAILURE, "ledger", told, way_out)]
-    rights = {"sweeps": ("SELECT", "INSERT"), "verdicts": ("SELECT", "INSERT")}
+    rights = dict.fromkeys(("sweeps", "verdicts", "holds", "hold_runs"), ("SELECT", "INSERT"))
     statement = text("SELECT has_table_privilege(:table, :what)")
     lacking = [
         f"{what} on {SCHEMA}.{name}"
@@ -324,10 +335,12 @@ async def _clocks(asked: _Examined) -> list[Finding]:
 
 async def _threshold(asked: _Examined) -> list[Finding]:
     table, target = asked.table, asked.table.target
+    if target.lock is not None:
+        return []  # no time is the evidence there
     least = shortest(asked.request)
     every = asked.schedule.every or DEFAULT_INTERVAL
     told = f"the shortest threshold is {span(least)}, a sweep comes every {span(every)}"
-    beat, how = await _beat(asked)
+    beat, how = await beat_of(asked.db, asked.request)
     if beat is None:
         if table.has("heartbeat_at") or "worker_heartbeat" in table.elsewhere:
             way_out = f"set {where(target, 'heartbeat_seconds')}, or ask again while runs beat"
@@ -348,35 +361,6 @@ async def _threshold(asked: _Examined) -> list[Finding]:
     return [Finding(Level.OK, "threshold", told)]
 
 
-async def _beat(asked: _Examined) -> tuple[timedelta | None, str]:
-    """How often runs beat, and how that is known.
-
-    Between two beats a run's silence is as likely short as long, so twice the median silence of
-    runs that do beat is the interval; dead ones among them only make it longer.
-    """
-    declared = asked.table.target.heartbeat_seconds
-    if declared is not None:
-        return timedelta(seconds=declared), "as heartbeat_seconds says"
-    table = asked.table
-    silence = func.statement_timestamp() - table.sign_of_life
-    beating = (
-        select(silence.label("silence"))
-        .select_from(table.reads_from())
-        .where(table.in_flight)
-        .where(table.evidence.in_([Evidence.RUN_HEARTBEAT.value, Evidence.WORKER_HEARTBEAT.value]))
-        .where(silence.between(timedelta(0), threshold_of(table, literal(asked.request.threshold))))
-        .subquery()
-    )
-    statement = select(
-        func.count().label("runs"),
-        func.percentile_cont(0.5).within_group(beating.c.silence).label("median"),
-    ).select_from(beating)
-    row = (await asked.db.execute(statement)).mappings().one()
-    if row["runs"] < LEAST_SAMPLE:
-        return None, f"only {row['runs']} runs beat just now"
-    return 2 * row["median"], f"estimated from {row['runs']} runs that beat"
-
-
 async def _last_sweep(asked: _Examined) -> list[Finding]:
     if await asked.db.scalar(select(func.to_regclass(f"{SCHEMA}.sweeps"))) is None:
         return []  # said already: there is no ledger
@@ -387,11 +371,51 @@ async def _last_sweep(asked: _Examined) -> list[Finding]:
     way_out = "see whether the schedule, its worker and its database address are well"
     if age is None:
         told = "no sweep of this target has ended well yet"
-        return [Finding(Level.WARNING, "last sweep", told, way_out)]
+        first = f"`orphan-recovery sweep --target {asked.table.target.name} --dry-run`"
+        return [Finding(Level.WARNING, "last sweep", told, f"{first}, then without --dry-run")]
     told = f"the last sweep that ended well was {span(age)} ago"
     if age > BEATS * (asked.schedule.every or DEFAULT_INTERVAL):
         return [Finding(Level.WARNING, "last sweep", told, way_out)]
     return [Finding(Level.OK, "last sweep", told)]
+
+
+async def _contested(asked: _Examined) -> list[Finding]:
+    target = asked.table.target
+    if await asked.db.scalar(select(func.to_regclass(f"{SCHEMA}.contests"))) is None:
+        return []  # said already: there is no ledger
+    now = await look_at_circumstances(asked.db, asked.request)
+    told = f"{now.contested} verdicts of the last 30 days were contested by a worker that lived"
+    if now.contested > target.contest_limit * now.marked:
+        told = f"{told}, of {now.marked}: more than the limit of {target.contest_limit:.1%}"
+        way_out = "`orphan-recovery summary` says for which tasks; give them a longer threshold"
+        return [Finding(Level.WARNING, "contests", told, way_out)]
+    return [Finding(Level.OK, "contests", told)]
+
+
+async def _lock_evidence(asked: _Examined) -> list[Finding]:
+    """Whether a session stays with its connection. Through a transaction-mode pooler, another
+    transaction in between gets the session that this one had."""
+    target = asked.table.target
+    if target.lock is None:
+        return []
+    ask = text("SELECT pg_backend_pid()")
+    pids = {await asked.db.scalar(ask)}
+    async with asked.db.engine.connect() as between:
+        for _ in range(3):
+            await asked.db.rollback()
+            await between.execute(ask)  # holds a session while ours is given back
+            pids.add(await asked.db.scalar(ask))
+            await between.rollback()
+    if len(pids) > 1:
+        told = f"lock evidence goes through a pooler that shares sessions ({len(pids)} seen)"
+        way_out = "give workers and sweeps a direct address, or one of a session-mode pooler"
+        return [Finding(Level.FAILURE, "lock", told, way_out)]
+    held = await asked.db.scalar(
+        select(func.count())
+        .select_from(asked.table.reads_from())
+        .where(asked.table.in_flight, asked.table.is_locked)
+    )
+    return [Finding(Level.OK, "lock", f"{held} runs in flight have a lock for their {target.lock}")]
 
 
 _QUESTIONS: Final[dict[str, Callable[[_Examined], Awaitable[list[Finding]]]]] = {
@@ -403,6 +427,8 @@ _QUESTIONS: Final[dict[str, Callable[[_Examined], Awaitable[list[Finding]]]]] = 
     "ledger": _ledger,
     "clocks": _clocks,
     "threshold": _threshold,
+    "lock": _lock_evidence,
+    "contests": _contested,
     "last sweep": _last_sweep,
 }
 

@@ -9,6 +9,7 @@ one orphan could not be marked.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, task
@@ -23,22 +24,40 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import POOL_SIZE, address, describe, make_engine, transaction
-from orphan_recovery.detect import Fleet
 from orphan_recovery.detect import detect as detect_orphans
+from orphan_recovery.doubt import Doubt
+from orphan_recovery.flow_hold import (
+    HELD,
+    Answer,
+    answer_of_resumed_run,
+    ask_in_the_ui,
+    flow_run_id,
+    tell_of_hold,
+)
+from orphan_recovery.hold import Decision, approve, open_hold_of
 from orphan_recovery.mark import log_verdict, mark_one
 from orphan_recovery.policy import is_outage, is_transient, retry_plan
-from orphan_recovery.recover import begin, finish, is_enabled, log_detected, log_end, log_start
 from orphan_recovery.report import SweepReport, as_markdown, as_table
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
+from orphan_recovery.sweep import (
+    Look,
+    begin,
+    decide_on,
+    finish,
+    is_enabled,
+    log_detected,
+    log_doubt,
+    log_end,
+    log_start,
+    look_at,
+)
 from orphan_recovery.targets import DEFAULT_TARGET, find_target, load_targets
 from orphan_recovery.verdict import Outcome, Verdict
 
 FLOW_NAME = "recover-orphaned-runs"
 ALL_FLOW_NAME = "recover-all-targets"
-SWEEPS_AT_ONCE = 4
-"""Targets that one flow run sweeps side by side."""
 
 
 async def _worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
@@ -81,17 +100,31 @@ class SweepFailed(RuntimeError):  # noqa: N818 - named for what an operator read
 
 
 @task(name="open-sweep", task_run_name="open-sweep", **_RETRIED)
-async def open_sweep(engine: AsyncEngine, request: SweepRequest) -> Fleet:
+async def open_sweep(engine: AsyncEngine, request: SweepRequest) -> Look:
     """Record that the sweep begins, and look at all that is in flight."""
     async with _transaction(engine) as connection:
         return await begin(connection, request)
 
 
-@task(name="detect", task_run_name="detect", **_RETRIED)
-async def detect(engine: AsyncEngine, request: SweepRequest) -> list[WorkerRun]:
-    """Find the orphans; reads only."""
+@task(name="look-again", task_run_name="look-again", **_RETRIED)
+async def look_again(engine: AsyncEngine, request: SweepRequest, look: Look) -> Look:
+    """Look a second time, after whoever lives has had the time to beat."""
     async with _transaction(engine) as connection:
-        return await detect_orphans(connection, request)
+        return await look_at(connection, request, look.now)
+
+
+@task(name="decide", task_run_name="decide", **_RETRIED)
+async def decide(engine: AsyncEngine, report: SweepReport, look: Look) -> Decision:
+    """Hold what looks like too much of the fleet; close what has recovered."""
+    async with _transaction(engine) as connection:
+        return await decide_on(connection, report, look, flow_run_id())
+
+
+@task(name="detect", task_run_name="detect", **_RETRIED)
+async def detect(engine: AsyncEngine, request: SweepRequest, decision: Decision) -> list[WorkerRun]:
+    """Find the orphans that may be marked; reads only."""
+    async with _transaction(engine) as connection:
+        return await detect_orphans(connection, request, among=decision.among)
 
 
 @task(name="mark", task_run_name="mark-{run.id}", **_RETRIED)
@@ -118,7 +151,7 @@ async def summarise(
 ) -> list[Verdict]:
     """Settle what failed, and close the sweep in the ledger."""
     async with _transaction(engine) as connection:
-        return await finish(connection, report.request, failed, report.detected, report.error)
+        return await finish(connection, report, failed)
 
 
 @flow(name=FLOW_NAME, persist_result=False)
@@ -163,6 +196,10 @@ async def recover_orphaned_runs(
         log_start(request)
         engine = make_engine(address(request.target))
         try:
+            if (answer := await answer_of_resumed_run()) is not None:
+                refusal = await _heed(engine, answer)
+                if refusal is not None:
+                    return Completed(message=refusal)
             await _sweep(engine, report)
         finally:
             await engine.dispose()
@@ -172,13 +209,41 @@ async def recover_orphaned_runs(
     await _show(report)
     if report.ended_well:
         return Completed(message=report.headline(), data=report.as_dict())
+    if report.is_held:
+        tell_of_hold(report)
+        await ask_in_the_ui(report)  # does not return where a person can be asked there
+        return Failed(name=HELD, message=report.headline(), data=SweepFailed(report))
     return Failed(message=report.headline(), data=SweepFailed(report))
+
+
+async def _heed(engine: AsyncEngine, answer: Answer) -> str | None:
+    """Record what a person answered who resumed this held flow run.
+
+    Returns:
+        Why there is nothing more to do; None if the sweep may go on.
+    """
+    async with _transaction(engine) as connection:
+        hold_id = await open_hold_of(connection, flow_run_id())
+        if hold_id is None:
+            return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
+        if not answer.approve:
+            return f"hold {hold_id} was looked at by {answer.your_name} and not released"
+        await approve(
+            connection,
+            str(hold_id),
+            by=f"{answer.your_name}, in Prefect's UI",
+            lasting=timedelta(minutes=answer.for_minutes),
+            note=answer.note or None,
+        )
+    get_run_logger().warning("hold %s was released by %s", hold_id, answer.your_name)
+    return None
 
 
 @flow(name=ALL_FLOW_NAME, persist_result=False)
 async def recover_all_targets(
     dry_run: bool = False,
     reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_LENGTH)] = DEFAULT_REASON,
+    at_once: Annotated[int, Field(ge=1, le=64)] = 1,
 ) -> State[Any]:
     """Sweep every target in orphan-recovery.toml, each as a flow run of its own.
 
@@ -187,31 +252,41 @@ async def recover_all_targets(
     Args:
         dry_run: Only look: list what would be judged and write nothing at all.
         reason: What the error text of each marked run begins with.
+        at_once: Targets that are swept side by side. More than one needs a Prefect server that
+            runs on Postgres: one on SQLite may stall for a minute.
     """
     targets = load_targets()
-    at_once = asyncio.Semaphore(SWEEPS_AT_ONCE)
+    places = asyncio.Semaphore(at_once)
 
     async def swept(name: str) -> State[Any]:
         sweep = recover_orphaned_runs.with_options(flow_run_name=f"sweep-{name}")
-        async with at_once:
+        async with places:
             return await sweep(target=name, dry_run=dry_run, reason=reason, return_state=True)
 
     states = dict(
         zip(targets, await asyncio.gather(*(swept(name) for name in targets)), strict=True)
     )
     failed = [name for name, state in states.items() if not state.is_completed()]
-    told = "; ".join(f"{name}: {state.message or state.name}" for name, state in states.items())
+    told = "; ".join(
+        f"{name}: {(state.message or str(state.name)).removeprefix(f'{name}: ')}"
+        for name, state in states.items()
+    )
     if failed:
         message = f"{len(failed)} of {len(states)} targets FAILED ({', '.join(failed)}). {told}"
         return Failed(message=message)
-    return Completed(message=f"{len(states)} targets swept. {told}")
+    return Completed(message=f"{len(states)} targets {'looked at' if dry_run else 'swept'}. {told}")
 
 
 async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
     request, failed = report.request, list[Verdict]()
     try:
-        report.fleet = await open_sweep(engine, request)
-        runs = await detect(engine, request)
+        look = await open_sweep(engine, request)
+        report.looked(look.fleet, marked=look.now.marked, contested=look.now.contested)
+        if look.doubt is not None and not request.dry_run:
+            look = await _look_again(engine, report, look, look.doubt)
+        decision = await decide(engine, report, look)
+        report.held = decision.held
+        runs = await detect(engine, request, decision)
         report.saw(runs)
         if runs:
             log_detected(runs)
@@ -221,11 +296,25 @@ async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
             report.judged([v for v in verdicts if v.outcome is not Outcome.FAILED])
     except Exception as error:
         report.error = describe(error.__cause__ or error)
+    if report.fleet is None:  # it never began, and has nothing to close
+        return
     try:
         report.judged(await summarise(engine, report, failed))
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error.__cause__ or error)
+
+
+async def _look_again(engine: AsyncEngine, report: SweepReport, look: Look, doubt: Doubt) -> Look:
+    log_doubt(report.request, doubt)
+    if doubt.is_too_long:
+        report.postponed = str(doubt)
+        return look
+    report.looked_twice = str(doubt)
+    seconds = doubt.wait.total_seconds()
+    get_run_logger().warning("looking again in %.0f seconds, because %s", seconds, doubt)
+    await asyncio.sleep(seconds)
+    return await look_again(engine, report.request, look)
 
 
 async def _mark_each(

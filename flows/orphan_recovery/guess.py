@@ -50,8 +50,9 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "error": (
         *("error", "lasterror", "errormessage", "errortext", "exception", "failurereason"),
-        *("output", "traceback"),
+        *("traceback", "output"),
     ),
+    "output_json": ("outputjson", "output", "result", "returnvalue"),
     "success": ("success", "succeeded", "issuccess", "ok"),
     "parent_run_id": ("parentrunid", "parentid", "retryof", "retriedfrom"),
     "attempt": ("attempt", "attempts", "attemptnumber", "retrycount", "retries", "tries"),
@@ -79,6 +80,10 @@ _ENDED: Final = frozenset(
     )
 )
 _CRASHES: Final = ("crashed", "dead", "failed", "failure", "errored", "error", "exception")
+
+
+GUESS_AGAIN: Final = "GUESS AGAIN"
+"""How the draft begins what a person has to correct."""
 
 
 @dataclass(slots=True)
@@ -129,6 +134,11 @@ def draft_target(
     draft.say("threshold_minutes = 30  # the silence that makes an orphan; see `doctor`")
     section: list[str] = []
     heartbeat = _worker_table(connection, relation)
+    if heartbeat is None and not columns.keys() & {"created_at", "started_at", "heartbeat_at"}:
+        raise ConfigurationError(
+            f"{relation.name!r} has no source of signs of life: none of its columns (it has "
+            f"{', '.join(relation.columns)}) looks like a time of creation, start or heartbeat"
+        )
     _say_columns(relation, columns, section, draft, heartbeat is not None)
     if heartbeat is not None:
         workers, key, run_key, seen, why = heartbeat
@@ -212,7 +222,7 @@ def _fits(role: str, facts: ColumnFacts) -> bool:
         return facts.kind == "bool"
     if role == "attempt":
         return facts.category == "N"
-    if role == "error":
+    if role in ("error", "output_json"):
         return facts.is_text or facts.kind in ("json", "jsonb")
     if role == "status":
         return facts.is_text or bool(facts.labels) or facts.category == "N"
@@ -243,7 +253,7 @@ def _statuses(connection: Connection, relation: Relation, column: str, draft: Dr
         kinds[kind].append(value)
     crashed = next((v for word in _CRASHES for v in values if _plain(v) == word), None)
     if not kinds["in_flight"]:
-        draft.say(f"GUESS AGAIN: no status of {source} ({values}) reads as being in the hands of")
+        draft.say(f"{GUESS_AGAIN}: no status of {source} ({values}) reads as being in the hands of")
         draft.say("a worker.")
         kinds["in_flight"] = ["running"]
     draft.set("in_flight", kinds["in_flight"], f"in the hands of a worker; from {source}")
@@ -251,12 +261,12 @@ def _statuses(connection: Connection, relation: Relation, column: str, draft: Dr
         draft.set("waiting", kinds["waiting"], "held by no worker, so none can die holding it")
     if crashed is None:
         crashed = "failed"
-        draft.say("GUESS AGAIN: no status reads as a crash.")
+        draft.say(f"{GUESS_AGAIN}: no status reads as a crash.")
     draft.set("crashed", crashed, "what a crash is called here")
     terminal = list(dict.fromkeys([*kinds["terminal"], crashed]))
     draft.set("terminal", terminal, "ended for good")
     for value in kinds["unknown"]:
-        draft.say(f"GUESS AGAIN: what is {value!r}? Add it to in_flight, waiting or terminal.")
+        draft.say(f"{GUESS_AGAIN}: what is {value!r}? Add it to in_flight, waiting or terminal.")
 
 
 def _found(connection: Connection, relation: Relation, facts: ColumnFacts) -> list[str]:
@@ -295,8 +305,6 @@ def _say_columns(
     section.append(f"[targets.{draft.target}.columns]  # each guessed by its name and its type")
     section.append(f"id = {_toml(described['id'])}  # unique")
     for role, name in columns.items():
-        if name in key:
-            continue
         described[role] = name
         declared = _one_line(relation.columns[name].declared)
         section.append(f"{role} = {_toml(name)}  # {declared}")

@@ -10,6 +10,7 @@ from datetime import timedelta
 from enum import StrEnum
 from importlib.metadata import version
 from typing import Any, Final
+from uuid import UUID
 
 from sqlalchemy import (
     Column,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Uuid,
     case,
     func,
+    literal,
     or_,
     select,
     update,
@@ -57,6 +59,9 @@ sweeps: Final = Table(
     Column("undatable", Integer),
     Column("ahead", Integer),
     Column("exempt", Integer),
+    Column("timeline", Text),
+    Column("looked_twice", Text),
+    Column("hold", Uuid),
     Column("ended_at", _AWARE),
     Column("ended_as", Text),
     Column("detected", Integer),
@@ -89,6 +94,50 @@ verdicts: Final = Table(
 )
 
 
+contests: Final = Table(
+    "contests",
+    _metadata,
+    Column("sweep_id", Uuid, primary_key=True),
+    Column("run_id", Text, primary_key=True),
+    Column("target", Text),
+    Column("worker_id", Text),
+    Column("reported_status", Text),
+    Column("reported_at", _AWARE),
+)
+
+
+holds: Final = Table(
+    "holds",
+    _metadata,
+    Column("hold_id", Uuid, primary_key=True),
+    Column("target", Text),
+    Column("sweep_id", Uuid),
+    Column("reference", Text),
+    Column("opened_at", _AWARE),
+    Column("evidence", JSONB),
+    Column("ended_at", _AWARE),
+    Column("ended_as", Text),
+    Column("ended_by", Uuid),
+)
+
+hold_runs: Final = Table(
+    "hold_runs",
+    _metadata,
+    Column("hold_id", Uuid, primary_key=True),
+    Column("run_id", Text, primary_key=True),
+)
+
+approvals: Final = Table(
+    "approvals",
+    _metadata,
+    Column("hold_id", Uuid, primary_key=True),
+    Column("approved_at", _AWARE, primary_key=True),
+    Column("expires_at", _AWARE),
+    Column("approved_by", Text),
+    Column("note", Text),
+)
+
+
 class Ended(StrEnum):
     """How a sweep ended."""
 
@@ -96,6 +145,8 @@ class Ended(StrEnum):
     """Every detected orphan has its verdict, and none failed."""
     FAILED = "failed"
     """A run could not be marked, or the sweep could not go on. Its error says why."""
+    HELD = "held"
+    """Too much of the fleet looked dead: nothing of that was marked, and a person was asked."""
     DIED = "died"
     """It was killed; a later sweep closed it."""
     DIRECT = "direct"
@@ -115,7 +166,9 @@ async def require_ledger(db: Executor) -> None:
         )
 
 
-async def open_sweep(db: Executor, request: SweepRequest, fleet: Fleet) -> None:
+async def open_sweep(
+    db: Executor, request: SweepRequest, fleet: Fleet, timeline: str | None
+) -> None:
     """Record that a sweep begins, and close those that died. Does not commit.
 
     A second call for the same sweep, after a lost acknowledgement, changes nothing.
@@ -126,6 +179,7 @@ async def open_sweep(db: Executor, request: SweepRequest, fleet: Fleet) -> None:
         "undatable": fleet.undatable,
         "ahead": fleet.ahead,
         "exempt": fleet.exempt,
+        "timeline": timeline,
         "opened_at": fleet.seen_at,
     }
     await db.execute(insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing())
@@ -149,7 +203,13 @@ async def record(db: Executor, request: SweepRequest, found: Sequence[Verdict]) 
 
 
 async def close_sweep(
-    db: Executor, request: SweepRequest, *, detected: int, error: str | None
+    db: Executor,
+    request: SweepRequest,
+    *,
+    detected: int,
+    error: str | None,
+    looked_twice: str | None = None,
+    hold: UUID | None = None,
 ) -> None:
     """Record how a sweep ended; the counts are the ledger's own. Does not commit.
 
@@ -160,9 +220,11 @@ async def close_sweep(
         request: the sweep.
         detected: orphans detected, in runs.
         error: what stopped the sweep before its end, or None.
+        looked_twice: why it looked a second time, or None.
+        hold: the hold that it stopped at, or None.
     """
-    failed = _count(Outcome.FAILED)
-    ended_as = case((failed > 0, Ended.FAILED.value), else_=Ended.COMPLETED.value)
+    well = Ended.COMPLETED if hold is None else Ended.HELD
+    ended_as = case((_count(Outcome.FAILED) > 0, Ended.FAILED.value), else_=well.value)
     await db.execute(
         update(sweeps)
         .where(sweeps.c.sweep_id == request.sweep_id, sweeps.c.ended_at.is_(None))
@@ -172,8 +234,40 @@ async def close_sweep(
             ended_as=ended_as if error is None else Ended.FAILED.value,
             detected=detected,
             error=error,
+            looked_twice=looked_twice,
+            hold=hold,
         )
     )
+
+
+async def record_contest(
+    db: Executor, target: str, run_id: str, *, worker_id: str | None, reported_status: str
+) -> bool:
+    """Record that a result was reported for a run that stands marked. Does not commit.
+
+    Returns:
+        True if a verdict of the ledger is contested by it, now or already; False if the run was
+        not marked by any sweep.
+    """
+    verdict = (
+        select(
+            verdicts.c.sweep_id,
+            verdicts.c.run_id,
+            verdicts.c.target,
+            literal(worker_id, Text),
+            literal(reported_status, Text),
+            _NOW,
+        )
+        .where(verdicts.c.target == target, verdicts.c.run_id == run_id)
+        .where(verdicts.c.outcome == Outcome.MARKED.value)
+        .order_by(verdicts.c.judged_at.desc())
+        .limit(1)
+    )
+    await db.execute(
+        insert(contests).from_select([c.name for c in contests.c], verdict).on_conflict_do_nothing()
+    )
+    mine = select(func.count()).where(contests.c.target == target, contests.c.run_id == run_id)
+    return bool((await db.execute(mine)).scalar_one())
 
 
 async def _close_the_dead(db: Executor) -> None:

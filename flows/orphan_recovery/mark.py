@@ -13,6 +13,7 @@ from uuid import UUID
 from sqlalchemy import (
     CTE,
     ColumnElement,
+    FromClause,
     Insert,
     Interval,
     RowMapping,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     insert,
     literal,
     null,
+    or_,
     select,
     update,
 )
@@ -37,13 +39,14 @@ from orphan_recovery.ledger import note_direct_call, record, require_ledger, ver
 from orphan_recovery.log import logger
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
 from orphan_recovery.rules import threshold_of
-from orphan_recovery.run import WorkerRun
+from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable, runs_table
 from orphan_recovery.targets import Target, find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
 _AWARE = TIMESTAMP(timezone=True)
 _NOW = func.statement_timestamp(type_=_AWARE)
+_STARTED = func.pg_postmaster_start_time(type_=_AWARE)
 
 
 async def mark_run_as_crashed(
@@ -89,14 +92,14 @@ async def mark_run_as_crashed(
 class UndecidedError(RuntimeError):
     """The row looks as detection saw it, and yet the statement did not mark it.
 
-    Not known to happen outside of skip-locked mode. It is no verdict: the run is detected anew
-    by the next sweep.
+    So it is where the server was restarted since: nobody could beat meanwhile. It is no verdict:
+    the run is detected anew by the next sweep.
     """
 
     def __init__(self, run: WorkerRun) -> None:
         super().__init__(
-            f"run {run.id!r} is unchanged since it was detected, yet was not marked; "
-            "it stays an orphan for the next sweep"
+            f"run {run.id!r} is unchanged since it was detected, yet was not marked (the server "
+            "may have been restarted since, so that nobody could beat); the next sweep looks anew"
         )
 
 
@@ -197,34 +200,23 @@ def _mark(
 ) -> Insert:
     """Lock, judge, mark and record: one statement, so that none of it stands without the rest."""
     seen, sweep_id = _as_seen(request, runs), _sweep_of(runs)
-    has_verdict = (
-        select(verdicts.c.run_id)
-        .where(verdicts.c.sweep_id == sweep_id, verdicts.c.run_id == seen.c.run_id)
-        .exists()
-    )
     locked = (
         select(
-            *table.key,
+            *(column.label(f"key_{n}") for n, column in enumerate(table.key)),
+            *([] if table.target.lock is None else [table.lock_key.label("lock_key")]),
             *(seen.c[name] for name in ("run_id", "reason", *_EVIDENCE)),
             *(table.text(role).label(role) for role in _WHOSE),
         )
         .select_from(table.reads_from(seen))
-        .where(
-            table.in_flight,  # it finished first
-            table.text("status") == seen.c.status,  # it was started, or put back
-            table.text("worker_id").is_not_distinct_from(seen.c.worker_id),  # it changed hands
-            table.sign_of_life == seen.c.sign_of_life,  # it beat
-            table.sign_of_life <= _NOW - seen.c.threshold,  # silent, by the database's clock now
-            table.sign_of_life <= _NOW - threshold_of(table, seen.c.threshold),  # and by its rule
-            ~has_verdict,  # an earlier try of this sweep was heard after all
-        )
+        .where(*guards(table, request, seen, sweep_id).values())
         .order_by(*table.key)  # two sweeps lock in the same order: no deadlock
         .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
         .cte("locked")
     )
     marked = (
         update(table.table)
-        .where(*(column == locked.c[column.key] for column in table.key))
+        .where(*(column == locked.c[f"key_{n}"] for n, column in enumerate(table.key)))
+        .where(*_unheld(table, locked))
         .values(_crash(table, locked, sweep_id))
         .returning(
             # As it was before: the mark may have released its worker.
@@ -249,8 +241,52 @@ def _mark(
     )
 
 
+def guards(
+    table: RunsTable, request: SweepRequest, seen: FromClause, sweep_id: UUID
+) -> dict[str, ColumnElement[bool]]:
+    """The whole predicate, against the row as it stands under its lock. Each by its own name.
+
+    Args:
+        table: the runs.
+        request: the sweep.
+        seen: the snapshots.
+        sweep_id: the sweep that took them.
+    """
+    has_verdict = (
+        select(verdicts.c.run_id)
+        .where(verdicts.c.sweep_id == sweep_id, verdicts.c.run_id == seen.c.run_id)
+        .exists()
+    )
+    own_threshold = threshold_of(table, request, seen.c.threshold)
+    return {
+        # It finished first.
+        "in flight": table.in_flight,
+        # It was started, or put back.
+        "same status": table.text("status") == seen.c.status,
+        # It changed hands.
+        "same worker": table.text("worker_id").is_not_distinct_from(seen.c.worker_id),
+        # It beat.
+        "same sign of life": table.sign_of_life == seen.c.sign_of_life,
+        # It is silent, by the database's clock now: that of a new primary may be behind.
+        "silent": table.sign_of_life <= _NOW - seen.c.threshold,
+        # And by the rules as they are for the row as it is.
+        "silent by its rule": table.sign_of_life <= _NOW - own_threshold,
+        # While the server was away nobody could beat: what was seen before is no evidence.
+        "same server": or_(seen.c.evidence == Evidence.AGE.value, seen.c.seen_at > _STARTED),
+        # An earlier try of this sweep was heard after all.
+        "no verdict yet": ~has_verdict,
+    }
+
+
 _WHOSE = ("worker_id", "tenant_id", "task")
 _EVIDENCE = ("status", "sign_of_life", "evidence", "threshold", "rule")
+
+
+def _unheld(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:
+    """Where a lock is the evidence: take it. Who lives holds it; who wakes up now has to wait."""
+    if table.target.lock is None:
+        return []
+    return [func.pg_try_advisory_xact_lock(locked.c.lock_key)]
 
 
 def _crash(table: RunsTable, seen: CTE, sweep_id: UUID) -> dict[Any, Any]:
@@ -262,12 +298,7 @@ def _crash(table: RunsTable, seen: CTE, sweep_id: UUID) -> dict[Any, Any]:
     if "completed_at" in facts:
         values[row.completed_at] = table.stored("completed_at", _NOW)
     if "error" in facts:
-        told = _error_text(seen, sweep_id)
-        if facts["error"].length is not None:
-            told = func.left(told, facts["error"].length)
-        if not facts["error"].is_text:
-            told = func.to_jsonb(cast(told, Text))
-        values[row.error] = cast(told, facts["error"].type)
+        values[row.error] = table.written("error", cast(_error_text(seen, sweep_id), Text))
     return {**values, **dict.fromkeys(table.released, null())}
 
 
@@ -278,6 +309,7 @@ def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> TableValuedAli
         "status": (Text(), [run.status for run in runs]),
         "worker_id": (Text(), [run.worker_id for run in runs]),
         "sign_of_life": (_AWARE, [run.sign_of_life for run in runs]),
+        "seen_at": (_AWARE, [run.seen_at for run in runs]),
         "evidence": (Text(), [run.evidence.value for run in runs]),
         "threshold": (Interval(), [run.threshold for run in runs]),
         "rule": (Text(), [run.rule for run in runs]),
@@ -322,7 +354,11 @@ async def _name_misses(
         )
         .exists()
     )
-    threshold = func.greatest(seen.c.threshold, threshold_of(table, seen.c.threshold))
+    silent = and_(
+        table.sign_of_life <= _NOW - seen.c.threshold,
+        table.sign_of_life <= _NOW - threshold_of(table, request, seen.c.threshold),
+        ~table.is_locked,
+    )
     statement = select(
         seen.c.run_id,
         table.key[0].is_(None).label("vanished"),
@@ -333,7 +369,7 @@ async def _name_misses(
         table.text("worker_id").is_not_distinct_from(seen.c.worker_id).label("same_worker"),
         (table.text("status") == seen.c.status).label("same_status"),
         table.sign_of_life.is_not_distinct_from(seen.c.sign_of_life).label("same_sign"),
-        (table.sign_of_life <= _NOW - threshold).label("silent"),
+        silent.label("silent"),
         own.c.outcome.label("own_outcome"),
         func.coalesce(own.c.judged_at, _NOW).label("judged_at"),
         own.c.silence.label("own_silence"),

@@ -7,6 +7,7 @@ lock that cannot be had within seconds is given up with a clear error, to be tri
 """
 
 import io
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,7 +149,8 @@ def ledger_sql() -> str:
     config, written = _config(), io.StringIO()
     config.output_buffer = written
     command.upgrade(config, "ledger@head", sql=True)
-    return f"CREATE SCHEMA {SCHEMA};\n\n{written.getvalue()}"
+    statements = re.sub(r" RETURNING \S+;", ";", written.getvalue())
+    return f"CREATE SCHEMA {SCHEMA};\n\n" + re.sub(r"\n{3,}", "\n\n", statements).strip()
 
 
 def default_table_ddl(found: Relation | None) -> tuple[list[str], dict[str, str]]:

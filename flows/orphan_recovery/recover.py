@@ -7,36 +7,45 @@ next sweep.
 """
 
 import asyncio
-import os
-import socket
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from sqlalchemy import ColumnElement
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from orphan_recovery import RECOVERY_ENABLED
 from orphan_recovery.database import (
     POOL_SIZE,
-    Executor,
     address,
     describe,
     make_engine,
     transaction,
 )
-from orphan_recovery.detect import Fleet, detect, look_at_fleet
-from orphan_recovery.ledger import close_sweep, open_sweep, require_ledger
-from orphan_recovery.log import logger
-from orphan_recovery.mark import log_verdict, mark, mark_one, settle
+from orphan_recovery.detect import detect
+from orphan_recovery.doubt import Doubt
+from orphan_recovery.mark import log_verdict, mark, mark_one
 from orphan_recovery.policy import is_outage, retrying
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import (
-    ENABLED_VARIABLE,
     ConfigurationError,
     check_threshold,
-    load_settings,
+)
+from orphan_recovery.sweep import (
+    Look,
+    begin,
+    decide_on,
+    finish,
+    is_enabled,
+    log_detected,
+    log_doubt,
+    log_end,
+    log_start,
+    look_at,
+    whoami,
 )
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
@@ -96,12 +105,36 @@ async def recover_target(
         target=find_target(target),
         threshold_minutes=threshold_minutes,
     )
-    try:
-        report = await run_sweep(request)
-    except Exception as error:
-        report = SweepReport(request, error=describe(error))
-        log_end(report)
-    return report.as_dict()
+    return await _report_on(request)
+
+
+async def recover_worker(
+    worker_id: str, *, target: str | None = None, settle_seconds: float | None = None
+) -> dict[str, Any]:
+    """Recover at once what a worker held before it died, for when it is back under its old name.
+
+    Whoever is back cannot still be working on what it held before; only a second process of the
+    same name could. So this waits for as long as such a twin would need to beat, and recovers
+    what has not been heard of in that time, whatever the threshold and the rules say.
+
+    Args:
+        worker_id: the worker, as its runs name it.
+        target: as in :func:`recover_target`.
+        settle_seconds: how long to wait; None for two beats of the target.
+
+    Returns:
+        As :func:`recover_orphaned_runs`.
+
+    Raises:
+        ConfigurationError: as there.
+    """
+    meant = find_target(target)
+    settle = timedelta(seconds=settle_seconds) if settle_seconds else 2 * meant.beat
+    request = SweepRequest(
+        asked_by=whoami("recover_worker"), target=meant, worker=worker_id, returned=settle
+    )
+    await asyncio.sleep(settle.total_seconds())
+    return await _report_on(request)
 
 
 async def run_sweep(request: SweepRequest) -> SweepReport:
@@ -130,79 +163,57 @@ async def run_sweep(request: SweepRequest) -> SweepReport:
     return report
 
 
-def is_enabled() -> bool:
-    """Whether recovery may run. Off, now or when the process started, is off."""
-    return RECOVERY_ENABLED and load_settings().recovery_enabled
-
-
-def whoami(what: str) -> str:
-    """``what``, and which process on which host asked, for the ledger."""
-    return f"{what} on {socket.gethostname()}, process {os.getpid()}"
+async def _report_on(request: SweepRequest) -> dict[str, Any]:
+    """Sweep, and raise nothing: neither a bad run nor a lost database stops a worker's start."""
+    try:
+        report = await run_sweep(request)
+    except Exception as error:
+        report = SweepReport(request, error=describe(error))
+        log_end(report)
+    return report.as_dict()
 
 
 async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport) -> None:
     failed: list[Verdict] = []
     try:
-        report.fleet = await _in_transaction(engine, lambda db: begin(db, request))
-        failed = await _judge_all(engine, request, report)
+        look = await _in_transaction(engine, lambda db: begin(db, request))
+        report.looked(look.fleet, marked=look.now.marked, contested=look.now.contested)
+        if look.doubt is not None and not request.dry_run:
+            look = await _look_again(engine, request, report, look, look.doubt)
+        decision = await _in_transaction(engine, lambda db: decide_on(db, report, look))
+        report.held = decision.held
+        failed = await _judge_all(engine, request, report, decision.among)
     except ConfigurationError:
         raise
     except Exception as error:
         report.error = describe(error)
+    if report.fleet is None:  # it never began, and has nothing to close
+        return
     try:
-        report.judged(
-            await _in_transaction(
-                engine, lambda db: finish(db, request, failed, report.detected, report.error)
-            )
-        )
+        report.judged(await _in_transaction(engine, lambda db: finish(db, report, failed)))
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error)
 
 
-async def begin(db: Executor, request: SweepRequest) -> Fleet:
-    """Look at the whole fleet and open the sweep in the ledger. Does not commit.
-
-    A dry run opens nothing. Warns of runs in flight that silence cannot judge.
-
-    Raises:
-        ConfigurationError: the table or the ledger is not there.
-    """
-    fleet = await look_at_fleet(db, request)
-    if fleet.undatable:
-        logger.warning("runs_without_sign_of_life", extra={"count": fleet.undatable})
-    if fleet.ahead:
-        logger.warning(
-            "runs_ahead_of_database_clock",
-            extra={"count": fleet.ahead, "worker_ids": fleet.ahead_workers},
-        )
-    if not request.dry_run:
-        await require_ledger(db)
-        await open_sweep(db, request, fleet)
-    return fleet
-
-
-async def finish(
-    db: Executor,
-    request: SweepRequest,
-    failed: list[Verdict],
-    detected: int,
-    error: str | None,
-) -> list[Verdict]:
-    """Record what failed and close the sweep. Does not commit. A dry run has nothing to close.
-
-    Returns:
-        The failures as they now stand: a lost acknowledgement may turn out to have been a mark.
-    """
-    if request.dry_run:
-        return []
-    settled = await settle(db, request, failed)
-    await close_sweep(db, request, detected=detected, error=error)
-    return settled
+async def _look_again(
+    engine: AsyncEngine, request: SweepRequest, report: SweepReport, look: Look, doubt: Doubt
+) -> Look:
+    """Give whoever lives the time to beat, then look again."""
+    log_doubt(request, doubt)
+    if doubt.is_too_long:
+        report.postponed = str(doubt)
+        return look
+    report.looked_twice = str(doubt)
+    await asyncio.sleep(doubt.wait.total_seconds())
+    return await _in_transaction(engine, lambda db: look_at(db, request, look.now))
 
 
 async def _judge_all(
-    engine: AsyncEngine, request: SweepRequest, report: SweepReport
+    engine: AsyncEngine,
+    request: SweepRequest,
+    report: SweepReport,
+    among: Callable[[RunsTable], ColumnElement[bool]] | None,
 ) -> list[Verdict]:
     """Detect and mark page by page. Returns the failures, which are yet to be settled."""
     held: list[WorkerRun] = []
@@ -211,7 +222,7 @@ async def _judge_all(
     while request.limit is None or report.detected < request.limit:
         size = PAGE if request.limit is None else min(PAGE, request.limit - report.detected)
 
-        next_page = partial(detect, request=request, after=last, page=size)
+        next_page = partial(detect, request=request, after=last, page=size, among=among)
         page = await _in_transaction(engine, next_page)
         if not page:
             break
@@ -287,48 +298,3 @@ def _failure(request: SweepRequest, run: WorkerRun, error: Exception) -> Verdict
     verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
     log_verdict(verdict, request)
     return verdict
-
-
-def log_start(request: SweepRequest) -> None:
-    """Emit the event of a sweep that begins."""
-    fields = {
-        "sweep_id": str(request.sweep_id),
-        "target": request.target.name,
-        "threshold_minutes": request.minutes,
-        "dry_run": request.dry_run,
-        "scope": request.scope,
-    }
-    logger.info("orphan_recovery_starting", extra=fields)
-
-
-def log_detected(runs: list[WorkerRun]) -> None:
-    """Emit the event of orphans found, with their ids."""
-    fields = {"count": len(runs), "run_ids": [run.id for run in runs]}
-    logger.info("orphaned_runs_detected", extra=fields)
-
-
-def log_end(report: SweepReport) -> None:
-    """Emit the events of a sweep that ended, or did not begin."""
-    if not report.enabled:
-        logger.warning("orphan_recovery_disabled", extra={"switched_off_by": ENABLED_VARIABLE})
-        return
-    told = report.as_dict()
-    names = (
-        "target",
-        "sweep_id",
-        "dry_run",
-        "detected",
-        "recovered",
-        "skipped",
-        "failed",
-        "undatable",
-    )
-    fields = {name: told[name] for name in (*names, "ahead")}
-    if report.error:
-        logger.error("orphan_recovery_failed", extra={**fields, "error": report.error})
-        return
-    if not report.detected:
-        asked = report.request
-        about = {"target": asked.target.name, "threshold_minutes": asked.minutes}
-        logger.info("no_orphaned_runs_found", extra=about)
-    logger.info("orphan_recovery_complete", extra=fields)

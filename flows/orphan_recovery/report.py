@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from uuid import UUID
 
 from orphan_recovery.detect import Fleet
 from orphan_recovery.request import SweepRequest
@@ -18,6 +19,27 @@ from orphan_recovery.verdict import Outcome, Verdict
 
 SHOWN: Final = 1_000
 """Runs that a report lists at most; the ledger has all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a sweep did not dare: the runs of an open hold that nobody has released."""
+
+    hold_id: UUID
+    opened_at: datetime
+    evidence: dict[str, Any]
+    """What the sweep saw that opened it."""
+    runs: int
+    """Orphans that are held now."""
+    is_new: bool
+    """Opened by this sweep, and not by one before."""
+
+    def in_words(self) -> str:
+        saw = self.evidence
+        return (
+            f"{saw['silent_workers']} of {saw['workers']} workers look dead since "
+            f"{saw['silent_since']}"
+        )
 
 
 @dataclass(slots=True)
@@ -31,6 +53,15 @@ class SweepReport:
     counts: Counter[Outcome] = field(default_factory=Counter)
     error: str | None = None
     """What stopped the sweep before its end."""
+    looked_twice: str | None = None
+    """Why the sweep looked a second time before it believed."""
+    postponed: str | None = None
+    """Why what has beaten once was left to the next sweep."""
+    held: Held | None = None
+    marked_lately: int = 0
+    """Verdicts that marked a run in the last 30 days."""
+    contested_lately: int = 0
+    """Those of them whose run was reported on afterwards, by a worker that lived."""
     _verdicts: list[Verdict] = field(default_factory=list)
     _candidates: list[WorkerRun] = field(default_factory=list)
 
@@ -47,6 +78,11 @@ class SweepReport:
             if len(self._verdicts) < SHOWN or verdict.outcome is Outcome.FAILED:
                 self._verdicts.append(verdict)
 
+    def looked(self, fleet: Fleet, *, marked: int, contested: int) -> None:
+        """Keep what the sweep saw before it judged; verdicts of the last 30 days."""
+        self.fleet = fleet
+        self.marked_lately, self.contested_lately = marked, contested
+
     @property
     def recovered(self) -> int:
         return self.counts[Outcome.MARKED]
@@ -61,7 +97,12 @@ class SweepReport:
 
     @property
     def ended_well(self) -> bool:
-        return self.error is None and self.failed == 0
+        return self.error is None and self.failed == 0 and self.held is None
+
+    @property
+    def is_held(self) -> bool:
+        """It stopped and asked; and that is all that is amiss."""
+        return self.error is None and self.failed == 0 and self.held is not None
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -80,6 +121,8 @@ class SweepReport:
             return "recovery is switched off: nothing was read and nothing was marked"
         minutes = self.request.minutes
         threshold = f"{minutes} minute{'' if minutes == 1 else 's'}"
+        if not self.request.by_rules:
+            threshold = span(self.request.threshold)
         if self.request.dry_run:
             told = f"dry run: {_runs(self.detected)} would be judged, nothing was written"
         elif self.detected:
@@ -89,24 +132,38 @@ class SweepReport:
                 if self.counts[outcome]
             )
         else:
-            told = "no orphaned run found"
-        if self.request.target.name != DEFAULT_TARGET:
-            told = f"{self.request.target.name}: {told}"
+            told = f"no {'other ' if self.held else ''}orphaned run found"
         told += f" (threshold {threshold}"
         told += " where no rule says otherwise" if self.request.target.rules else ""
         if self.fleet:
             told += f", {self.fleet.in_flight} in flight"
             told += f", {self.fleet.exempt} exempt by a rule" if self.fleet.exempt else ""
         told += ")"
-        if self.error:
+        if self.held:
+            told = (
+                f"HELD: {self.held.in_words()}, {_runs(self.held.runs)} not marked (hold "
+                f"{self.held.hold_id}); {told}"
+            )
+        if self.error and self.fleet is None:
+            told = f"stopped before anything was read: {self.error}"
+        elif self.error:
             told = f"stopped before its end: {self.error}; until then {told}"
+        if self.request.target.name != DEFAULT_TARGET:
+            told = f"{self.request.target.name}: {told}"
         return told + "".join(f"; {warning}" for warning in self.warnings())
 
     def warnings(self) -> list[str]:
-        """Runs in flight that silence cannot judge, and that a person has to look at."""
+        """What a person has to look at besides: runs that silence cannot judge, and the like."""
         if self.fleet is None:
             return []
         found = []
+        if self.postponed:
+            found.append(f"what has beaten is left to the next sweep, because {self.postponed}")
+        if self.contested_lately > self.request.target.contest_limit * self.marked_lately:
+            found.append(
+                f"{self.contested_lately} of {self.marked_lately} verdicts of the last 30 days "
+                "were contested by a worker that lived: the threshold is too short for them"
+            )
         if self.fleet.undatable:
             found.append(
                 f"{self.fleet.undatable} in flight without any sign of life "
@@ -125,10 +182,21 @@ class SweepReport:
         steps = []
         if not self.enabled:
             steps.append(f"Recovery is off by {ENABLED_VARIABLE}; unset it to switch it on.")
-        if self.error:
+        if self.error and self.fleet is None:
+            steps.append("Nothing was read and nothing marked. See to the cause named above.")
+        elif self.error:
             steps.append(
                 "The sweep did not come to its end. What it marked stands; what it left is "
                 "detected again by the next one. See to the cause named above, then run it again."
+            )
+        if self.held:
+            target = self.request.target.name
+            steps.append(
+                "See whether those workers live: look at their hosts, their network, and the "
+                "database they beat to. If they are dead, release their runs with "
+                f"`orphan-recovery approve {self.held.hold_id} --target {target}`, or by resuming "
+                "the held flow run in Prefect's UI; the next sweep marks them. If they live, do "
+                "nothing: the hold is closed by the first sweep that hears of them."
             )
         if self.failed:
             steps.append(
@@ -157,6 +225,9 @@ class SweepReport:
             "undatable": self.fleet.undatable if self.fleet else None,
             "ahead": self.fleet.ahead if self.fleet else None,
             "exempt": self.fleet.exempt if self.fleet else None,
+            "held": self.held.runs if self.held else 0,
+            "hold": str(self.held.hold_id) if self.held else None,
+            "looked_twice": self.looked_twice,
             "runs": [_entry(item) for item in listed],
             "error": self.error,
             "message": self.headline(),
@@ -188,6 +259,11 @@ def as_markdown(report: SweepReport) -> str:
     lines += [f"- sweep `{request.sweep_id}`, asked for by {request.asked_by}"]
     lines += [f"- target {_code(request.target.name)}, table {_code(request.target.table)}"]
     lines += [f"- {name}: {_code(str(value))}" for name, value in request.scope.items()]
+    if report.looked_twice:
+        lines.append(f"- looked twice, because {report.looked_twice}")
+    if report.held:
+        lines += ["", "## What was not dared", "", f"Hold `{report.held.hold_id}`:", ""]
+        lines += [f"- {k}: {_code(str(v))}" for k, v in report.held.evidence.items()]
     if report.detected and not request.dry_run:
         lines += ["", "| outcome | runs |", "|---|---|"]
         lines += [f"| {o.value} | {report.counts[o]} |" for o in Outcome if report.counts[o]]

@@ -32,6 +32,9 @@ class SweepRequest:
     threshold_minutes: int | None = None
     """The silence that makes an orphan, in whole minutes; None for the target's own. The
     target's rules come before it either way."""
+    returned: timedelta | None = None
+    """For a worker that is back from the dead: whatever it held and has not been heard of for so
+    long is dead, whatever the threshold and the rules say. Only with ``worker``."""
     tenant: str | None = None
     """Only runs of this tenant."""
     worker: str | None = None
@@ -51,6 +54,8 @@ class SweepRequest:
             value = getattr(self, name)
             if value is not None and (not value.strip() or "\x00" in value):
                 raise ConfigurationError(f"{name} is {value!r}: give a name, or leave it out")
+        if self.returned is not None and self.worker is None:
+            raise ConfigurationError("returned is given without a worker: name the worker")
         if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
             raise ConfigurationError(
                 f"limit is {self.limit!r}: give a number of runs of at least 1, or leave it out"
@@ -65,7 +70,17 @@ class SweepRequest:
 
     @property
     def threshold(self) -> timedelta:
+        """The same as a span; another where a lock, or a worker's return, is the evidence."""
+        if self.returned is not None:
+            return self.returned
+        if self.target.lock is not None:
+            return self.target.beat
         return timedelta(minutes=self.minutes)
+
+    @property
+    def by_rules(self) -> bool:
+        """Whether the thresholds of the target's rules hold: where time is the evidence."""
+        return self.returned is None and self.target.lock is None
 
     def reason_for(self, run: WorkerRun) -> str:
         """What the error text of ``run`` begins with: who asked comes before the run's rule."""

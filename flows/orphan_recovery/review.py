@@ -4,30 +4,35 @@ The hazard is a script that says something else than what is done: so it is prin
 statements that `migrate` executes.
 """
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, func, select
 
 from orphan_recovery.catalog import ColumnFacts, Relation, look_up
-from orphan_recovery.ddl import changes, role_statements
+from orphan_recovery.ddl import changes, role_statements, worker_statements
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.migrate import VERSION_TABLE, default_table_ddl, ledger_sql, revisions
 from orphan_recovery.runs import RunsTable, describe_runs
 from orphan_recovery.targets import DEFAULT_TABLE, Target
 
 
-def as_sql(connection: Connection, target: Target, role: str) -> str:
+def as_sql(
+    connection: Connection, target: Target, role: str, worker_role: str | None = None
+) -> str:
     """All that is still to be done, as a script for psql.
 
     Args:
         connection: to the target's database; only read from.
         target: whose table it is about.
         role: the role that shall sweep.
+        worker_role: the role that workers have, where they use :mod:`orphan_recovery.alive`.
 
     Raises:
         ConfigurationError: the target does not fit its database.
     """
     there = revisions(connection)
+    database = str(connection.scalar(select(func.current_database())))
     parts = [
-        f"-- What orphan-recovery needs for its target {target.name!r}, table {target.table}.",
+        f"-- What orphan-recovery needs for its target {target.name!r},",
+        f"-- table {_line(target.table)}.",
         "-- Run it as the owner of the table, with the right to create a schema and a role:",
         f'--   orphan-recovery sql --target {target.name} | psql -v ON_ERROR_STOP=1 "$OWNER_URL"',
         "",
@@ -45,16 +50,24 @@ def as_sql(connection: Connection, target: Target, role: str) -> str:
         runs = describe_runs(connection, target)
     for change in changes(connection, runs):
         alone = "; each statement by itself, outside any transaction" if change.alone else ""
-        parts.append(f"-- {change.why[0].upper()}{change.why[1:]}{alone}.")
+        parts.append(f"-- {_line(change.why[0].upper() + change.why[1:])}{alone}.")
         parts += [f"{statement.as_string(None)};" for statement in change.statements]
         parts.append("")
     parts += [
         "-- A role that may do what a sweep does, and nothing else. It has no password yet.",
         "BEGIN;",
-        *(f"{statement.as_string(None)};" for statement in role_statements(runs, role)),
+        *(f"{statement.as_string(None)};" for statement in role_statements(runs, role, database)),
         "COMMIT;",
     ]
+    if worker_role is not None:
+        parts += ["", "-- What workers need to record a contested verdict."]
+        parts += [f"{statement.as_string(None)};" for statement in worker_statements(worker_role)]
     return "\n".join(parts)
+
+
+def _line(comment: str) -> str:
+    """A comment ends with its line: a name that has a second one would be executed."""
+    return " ".join(comment.split())
 
 
 def _default_table(connection: Connection, target: Target) -> tuple[list[str], RunsTable]:

@@ -17,13 +17,17 @@ BY_THRESHOLD = 0
 """The number of no rule: the sweep's own threshold."""
 
 
-def threshold_of(runs: RunsTable, otherwise: ColumnElement[timedelta]) -> ColumnElement[timedelta]:
+def threshold_of(
+    runs: RunsTable, request: SweepRequest, otherwise: ColumnElement[timedelta] | None = None
+) -> ColumnElement[timedelta]:
     """Each run's threshold by the rules; NULL for a run that is never an orphan.
 
     Args:
         runs: the table.
-        otherwise: the threshold of a run that no rule matches.
+        request: the sweep, whose threshold a run has that no rule matches.
+        otherwise: that of each run by itself, instead.
     """
+    own: ColumnElement[timedelta] = literal(request.threshold) if otherwise is None else otherwise
     whens = [
         (
             _matches(runs, number),
@@ -32,31 +36,38 @@ def threshold_of(runs: RunsTable, otherwise: ColumnElement[timedelta]) -> Column
             else literal(timedelta(minutes=rule.threshold_minutes or 0), Interval),
         )
         for number, rule in enumerate(runs.target.rules, 1)
+        if rule.never or request.by_rules
     ]
-    return case(*whens, else_=otherwise) if whens else otherwise
+    return case(*whens, else_=own) if whens and request.returned is None else own
 
 
-def number_of(runs: RunsTable) -> ColumnElement[int]:
+def number_of(runs: RunsTable, request: SweepRequest) -> ColumnElement[int]:
     """Which rule matched each run: 1 for the first; ``BY_THRESHOLD`` for none."""
     whens = [
         (_matches(runs, number), literal(number, Integer))
         for number, _ in enumerate(runs.target.rules, 1)
     ]
     none = literal(BY_THRESHOLD, Integer)
-    return case(*whens, else_=none) if whens else none
+    return case(*whens, else_=none) if whens and request.by_rules else none
 
 
 def shortest(request: SweepRequest) -> timedelta:
     """The shortest threshold that any run may have."""
-    minutes = [rule.threshold_minutes for rule in request.target.rules if rule.threshold_minutes]
-    return timedelta(minutes=min([request.minutes, *minutes]))
+    if not request.by_rules:
+        return request.threshold
+    rules = [rule.threshold_minutes for rule in request.target.rules if rule.threshold_minutes]
+    return min([request.threshold, *(timedelta(minutes=minutes) for minutes in rules)])
 
 
-def in_words(target: Target, number: int) -> str:
+def in_words(request: SweepRequest, number: int) -> str:
     """What condemned a run, for the ledger."""
+    if request.returned is not None:
+        return "its worker is back, and has not been heard of it since"
+    if request.target.lock is not None:
+        return f"nobody holds the lock of its {request.target.lock}"
     if number == BY_THRESHOLD:
         return "silence >= threshold"
-    return f"silence >= threshold of rule {number} ({target.rules[number - 1].name})"
+    return f"silence >= threshold of rule {number} ({request.target.rules[number - 1].name})"
 
 
 def reason_of(target: Target, number: int) -> str | None:

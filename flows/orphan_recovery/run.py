@@ -23,6 +23,8 @@ class Evidence(StrEnum):
     """The run was created, or started, and has not been heard of since."""
     RUN_HEARTBEAT = "run heartbeat"
     """The run's own heartbeat column."""
+    LOCK = "lock"
+    """A session-level advisory lock that its worker held: none is held now."""
     WORKER_HEARTBEAT = "worker heartbeat"
     """The row of its worker in a table of workers."""
 

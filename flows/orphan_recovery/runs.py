@@ -8,6 +8,7 @@ whatever the column's type and the session's TimeZone.
 There is one set of statements for every table; the default table is just the default description.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,17 +17,21 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
+    BigInteger,
     Column,
+    ColumnClause,
     ColumnElement,
     Connection,
     Engine,
     FromClause,
     MetaData,
+    Select,
     Table,
     Text,
     and_,
     case,
     cast,
+    column,
     false,
     func,
     literal,
@@ -34,6 +39,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    table,
     true,
 )
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
@@ -57,6 +63,20 @@ _AWARE_OR_NULL: TypeEngine[datetime | None] = _AWARE  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, eq=False)
+class Kept:
+    """Signs of life that another table keeps."""
+
+    table: Table
+    """With the columns ``key`` and ``last_seen``."""
+    our_key: ColumnElement[Any]
+    their_key: ColumnElement[Any]
+    """Equal where a row there is about a run here."""
+    last_seen: ColumnFacts
+    latest: LateralFromClause
+    """The latest one of each run, as ``seen_at``."""
+
+
+@dataclass(frozen=True, eq=False)
 class RunsTable:
     """A target's table with its real column types, and the expressions that read it.
 
@@ -67,9 +87,8 @@ class RunsTable:
     relation: Relation
     table: Table
     facts: dict[str, ColumnFacts]
-    elsewhere: dict[str, LateralFromClause]
-    """Signs of life in other tables, by ``worker_heartbeat`` or ``run_events``: the latest of
-    each run, as ``seen_at``."""
+    elsewhere: "dict[str, Kept]"
+    """Signs of life in other tables, by ``worker_heartbeat`` or ``run_events``."""
     released: tuple[Column[Any], ...]
     """Columns that the mark sets to NULL."""
 
@@ -87,7 +106,8 @@ class RunsTable:
     @cached_property
     def key(self) -> list[Column[Any]]:
         """The columns of the key, in the order they were given in."""
-        return [self.table.c[_key_role(n)] for n, _ in enumerate(self.target.columns.id)]
+        by_name = {column.name: column for column in self.table.c}
+        return [by_name[name] for name in self.target.columns.id]
 
     @cached_property
     def run_id(self) -> ColumnElement[str]:
@@ -121,7 +141,7 @@ class RunsTable:
         elif seen is not None:
             source = self.table.join(seen, self.is_row(seen.c.run_id))
         for kept in self.elsewhere.values():  # a run whose worker's row is gone keeps the rest
-            source = source.join(kept, true(), isouter=True)
+            source = source.join(kept.latest, true(), isouter=True)
         return source
 
     def text(self, role: str) -> ColumnElement[str]:
@@ -147,7 +167,18 @@ class RunsTable:
 
     def stored(self, role: str, instant: ColumnElement[datetime]) -> ColumnElement[datetime]:
         """An instant as the column stores it: itself, or naive UTC."""
-        return instant if self.facts[role].kind == "timestamptz" else func.timezone("UTC", instant)
+        return stored(instant, self.facts[role])
+
+    def written(self, role: str, value: Any) -> ColumnElement[Any]:
+        """A text, or a value that is ready for JSON, as the column stores it; cut to its length."""
+        facts = self.facts[role]
+        if not facts.is_text:
+            told = value if isinstance(value, ColumnElement) else literal(json.dumps(value), Text)
+            as_json = func.to_jsonb(told) if told is value else told
+            return cast(as_json, facts.type)
+        if not isinstance(value, ColumnElement):
+            value = literal(value if isinstance(value, str) else json.dumps(value), Text)
+        return cast(value if facts.length is None else func.left(value, facts.length), facts.type)
 
     @cached_property
     def in_flight(self) -> ColumnElement[bool]:
@@ -164,17 +195,48 @@ class RunsTable:
     def worker_seen_at(self) -> ColumnElement[datetime | None]:
         if "worker_heartbeat" not in self.elsewhere:
             return cast(null(), _AWARE_OR_NULL)
-        return self.elsewhere["worker_heartbeat"].c.seen_at
+        return self.elsewhere["worker_heartbeat"].latest.c.seen_at
 
     @cached_property
     def sign_of_life(self) -> ColumnElement[datetime]:
         """The latest time that shows the run was alive; NULL if there is none."""
         times = [self.utc(role) for role in TIMES if self.has(role)]
-        times += [kept.c.seen_at for kept in self.elsewhere.values()]
+        times += [kept.latest.c.seen_at for kept in self.elsewhere.values()]
         return func.greatest(*times, type_=_AWARE)
 
     @cached_property
+    def lock_key(self) -> ColumnElement[int]:
+        """The advisory lock that a run's worker holds for as long as it lives."""
+        whose = self.text("worker_id") if self.target.lock == "worker" else self.run_id
+        return lock_key(self.target, whose)
+
+    @cached_property
+    def is_locked(self) -> ColumnElement[bool]:
+        """Whether somebody holds a run's lock; never, where none is kept. One look for all."""
+        if self.target.lock is None:
+            return false()
+        locks = table("pg_locks", *_LOCK_COLUMNS, schema="pg_catalog")
+        database: Select[Any] = (
+            select(literal_column("oid"))
+            .select_from(table("pg_database"))
+            .where(literal_column("datname") == func.current_database())
+        )
+        held = select(
+            cast(locks.c.classid, BigInteger)
+            .op("<<")(literal_column("32"))
+            .op("|")(cast(locks.c.objid, BigInteger))
+        ).where(
+            locks.c.locktype == "advisory",
+            locks.c.objsubid == 1,  # one key of 64 bits
+            locks.c.granted,
+            locks.c.database == database.scalar_subquery(),
+        )
+        return func.coalesce(self.lock_key.in_(held), false())
+
+    @cached_property
     def evidence(self) -> ColumnElement[str]:
+        if self.target.lock is not None:
+            return literal(Evidence.LOCK.value)
         sources = (
             (Evidence.RUN_HEARTBEAT, self.utc("heartbeat_at"), self.has("heartbeat_at")),
             (Evidence.WORKER_HEARTBEAT, self.worker_seen_at, "worker_heartbeat" in self.elsewhere),
@@ -217,6 +279,26 @@ class RunsTable:
 
 def _key_role(number: int) -> str:
     return f"id_{number + 1}"
+
+
+_LOCK_COLUMNS: Final[list[ColumnClause[Any]]] = [
+    column(name) for name in ("locktype", "database", "classid", "objid", "objsubid", "granted")
+]
+
+
+def lock_key(target: Target, whose: ColumnElement[str]) -> ColumnElement[int]:
+    """The key of a run's or a worker's advisory lock, 64 bits of its name's hash.
+
+    Two names of one key would keep each other alive: among a million held at once that is one
+    chance in 37 million.
+    """
+    name = func.concat(f"orphan_recovery {target.table} ", whose)
+    return func.hashtextextended(name, 0, type_=BigInteger())
+
+
+def stored(instant: ColumnElement[datetime], facts: ColumnFacts) -> ColumnElement[datetime]:
+    """An instant as a column stores it: itself, or naive UTC."""
+    return instant if facts.kind == "timestamptz" else func.timezone("UTC", instant)
 
 
 def _utc(stored: ColumnElement[Any], facts: ColumnFacts) -> ColumnElement[datetime | None]:
@@ -276,11 +358,22 @@ def describe_runs(
         for key in ("worker_heartbeat", "run_events")
         if getattr(target, key) is not None
     }
+    for name in target.release:
+        if name in relation.columns and not relation.columns[name].is_nullable:
+            raise ConfigurationError(
+                f"{where(target, 'release')} has {name!r}, which is NOT NULL in {target.table!r}: "
+                "the mark sets it to NULL; leave it out"
+            )
     released = tuple(_any_column(target, relation, table, name) for name in target.release)
     if not any(role in facts for role in TIMES) and not elsewhere:
         raise ConfigurationError(
             f"{where(target)} has no source of signs of life: name a column as created_at, "
             "started_at or heartbeat_at under columns, or a worker_heartbeat, or run_events"
+        )
+    if target.lock == "worker" and "worker_id" not in facts:
+        raise ConfigurationError(
+            f"{where(target, 'lock')} is 'worker', but there is no column for worker_id: name it "
+            'under columns, or let each run have a lock, with lock = "run"'
         )
     for number, rule in enumerate(target.rules):
         if unknown := [role for role in rule.match if role not in facts]:
@@ -325,10 +418,15 @@ def find_relation(connection: Connection, target: Target, *keys: str) -> Relatio
 
 
 def _table(relation: Relation, schema: str | None, names: dict[str, str]) -> Table:
-    """A table whose columns go by their role. Without a schema it follows the search path."""
+    """A table whose columns go by their role. Without a schema it follows the search path.
+
+    A part of the key that has a role besides goes by that role.
+    """
+    shared = {name for role, name in names.items() if role[:3] != "id_"}
     columns = [
         Column(quoted_name(name, quote=True), relation.columns[name].type, key=role)
         for role, name in names.items()
+        if role[:3] != "id_" or name not in shared
     ]
     quoted_schema = None if schema is None else quoted_name(relation.schema, quote=True)
     name = quoted_name(relation.name, quote=True)
@@ -337,8 +435,7 @@ def _table(relation: Relation, schema: str | None, names: dict[str, str]) -> Tab
 
 def _elsewhere(
     connection: Connection, target: Target, relation: Relation, table: Table, key: str
-) -> LateralFromClause:
-    """The latest sign of life of each run that another table keeps."""
+) -> Kept:
     asked = getattr(target, key)
     kept = find_relation(connection, target, key)
     for part, name in (("key", asked.key), ("last_seen", asked.last_seen)):
@@ -346,7 +443,7 @@ def _elsewhere(
             raise _no_column(target, (key, part), name, kept)
     last_seen, theirs = kept.columns[asked.last_seen], kept.columns[asked.key]
     if not last_seen.is_time:
-        raise _no_time(target, (key, "last_seen"), last_seen)
+        raise _no_time(target, (key, "last_seen"), last_seen, kept.name)
     schema, _ = split_table(asked.table)
     times = _table(kept, schema, {"key": asked.key, "last_seen": asked.last_seen})
     their_key: ColumnElement[Any] = times.c.key
@@ -358,7 +455,8 @@ def _elsewhere(
     if not alike:
         our_key, their_key = cast(our_key, Text), cast(their_key, Text)
     latest = func.max(_utc(times.c.last_seen, last_seen), type_=_AWARE).label("seen_at")
-    return select(latest).where(their_key == our_key).correlate(table).lateral(key)
+    of_run = select(latest).where(their_key == our_key).correlate(table).lateral(key)
+    return Kept(times, our_key, their_key, last_seen, of_run)
 
 
 def _any_column(
@@ -411,14 +509,20 @@ def _check_roles(
         have = " or ".join(str(sorted(unique)) for unique in relation.unique) or "none"
         raise ConfigurationError(
             f"{where(target, 'columns', 'id')} is {sorted(keys)}, which no unique index of "
-            f"{target.table!r} covers: one mark could hit several rows. Unique together: {have}"
+            f"{target.table!r} covers: one mark could hit several rows (a key that may be NULL is "
+            f"not unique). Unique together: {have}"
         )
     for role in (*TIMES, "completed_at"):
         if role in facts and not facts[role].is_time:
-            raise _no_time(target, ("columns", role), facts[role])
+            raise _no_time(target, ("columns", role), facts[role], target.table)
     fit: tuple[tuple[str, bool, str], ...] = (
         ("success", _is(facts, "success", ("bool",)), "boolean"),
         ("is_retry", _is(facts, "is_retry", ("bool",)), "boolean"),
+        (
+            "output_json",
+            _is(facts, "output_json", ("json", "jsonb")) or facts["output_json"].is_text,
+            "text, json or jsonb",
+        ),
         ("attempt", "attempt" not in facts or facts["attempt"].category == "N", "a number"),
         (
             "error",
@@ -448,10 +552,9 @@ def _check_roles(
         ("waiting", target.waiting),
     ):
         for value in values:
-            # What is only read need not be allowed: an enum's label has to exist all the same.
-            if key != "crashed" and not status.labels:
-                continue
-            if refusal := accepts(connection, relation, status.name, value):
+            # What is only read need not be allowed by the table, but by its type all the same.
+            written = key == "crashed"
+            if refusal := accepts(connection, relation, status.name, value, written=written):
                 raise ConfigurationError(
                     f"{where(target, key)} has {value!r}, which column {status.name!r} of "
                     f"{target.table!r} cannot hold: {refusal}"
@@ -462,9 +565,11 @@ def _is(facts: dict[str, ColumnFacts], role: str, kinds: Sequence[str]) -> bool:
     return role not in facts or facts[role].kind in kinds
 
 
-def _no_time(target: Target, key: tuple[str, ...], facts: ColumnFacts) -> ConfigurationError:
+def _no_time(
+    target: Target, key: tuple[str, ...], facts: ColumnFacts, table: str
+) -> ConfigurationError:
+    out = f", or {key[-1]} = false if there is none" if key[0] == "columns" else ""
     return ConfigurationError(
-        f"{where(target, *key)}: column {facts.name!r} of table {target.table!r} is "
-        f"{facts.declared}: a time must be timestamptz, or timestamp in UTC; name another column, "
-        f"or {key[-1]} = false if there is none"
+        f"{where(target, *key)}: column {facts.name!r} of table {table!r} is {facts.declared}: "
+        f"a time must be timestamptz, or timestamp in UTC; name another column{out}"
     )

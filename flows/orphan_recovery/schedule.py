@@ -52,6 +52,13 @@ def look_up_schedule(target: Target) -> Schedule:
         for schedule in deployment.schedules
         if schedule.active and hasattr(schedule.schedule, "interval")
     ]
+    if not intervals and any(
+        schedule.active
+        for deployment in deployments
+        if not deployment.paused
+        for schedule in deployment.schedules
+    ):
+        return Schedule(f"deployments at {api}: {names}; on a schedule that is no interval")
     if not intervals:
         return Schedule(
             f"deployments at {api}: {names}; none has an interval schedule that is active",

@@ -7,10 +7,11 @@ into a count of none.
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, and_, func, select
+from sqlalchemy import ColumnElement, RowMapping, Select, and_, func, literal, select
 
 from orphan_recovery.database import Executor, address, make_engine, transaction
-from orphan_recovery.ledger import verdicts
+from orphan_recovery.doubt import CONTESTS_WITHIN
+from orphan_recovery.ledger import SCHEMA, contests, verdicts
 from orphan_recovery.report import iso
 from orphan_recovery.runs import RunsTable, runs_table
 from orphan_recovery.targets import Target, find_target
@@ -27,6 +28,9 @@ async def get_crash_recovery_summary() -> dict[str, Any]:
         newest first, each with ``run_id``, ``worker_id``, ``tenant_id``, ``created_at``,
         ``crashed_at`` (ISO 8601 texts in UTC, or None) and ``error``. It is ready for JSON. Where
         the table has no status of its own for a crash, those count that the ledger has marked.
+        ``contests``: how many verdicts of the last 30 days a worker that lived has contested: the
+        measured rate of false positives, with ``verdicts, contested, rate, by_task, by_worker``;
+        None without a ledger.
 
     Raises:
         ConfigurationError: the address or the table cannot be used.
@@ -57,7 +61,43 @@ async def crash_summary(db: Executor, target: Target) -> dict[str, Any]:
         "recent_crashes": [
             {k: iso(v) if isinstance(v, datetime) else v for k, v in row.items()} for row in recent
         ],
+        "contests": await _contests(db, target),
     }
+
+
+async def _contests(db: Executor, target: Target) -> dict[str, Any] | None:
+    """How often verdicts were wrong, in all and where most often."""
+    if await db.scalar(select(func.to_regclass(f"{SCHEMA}.contests"))) is None:
+        return None
+    sides = {"by_task": verdicts.c.task, "by_worker": verdicts.c.worker_id}
+    total, *each = [
+        (await db.execute(_rates(target, *side))).mappings().all()
+        for side in ((), *((column,) for column in sides.values()))
+    ]
+    told = {name: [_rate(row) for row in rows] for name, rows in zip(sides, each, strict=True)}
+    return {**_rate(total[0]), **told}
+
+
+def _rates(target: Target, *by: ColumnElement[Any]) -> Select[Any]:
+    same = and_(contests.c.sweep_id == verdicts.c.sweep_id, contests.c.run_id == verdicts.c.run_id)
+    contested = func.count(contests.c.run_id)
+    statement = (
+        select(*by, func.count().label("verdicts"), contested.label("contested"))
+        .select_from(verdicts.join(contests, same, isouter=True))
+        .where(
+            verdicts.c.target == target.name,
+            verdicts.c.outcome == Outcome.MARKED.value,
+            verdicts.c.judged_at > func.statement_timestamp() - literal(CONTESTS_WITHIN),
+        )
+    )
+    if by:
+        statement = statement.group_by(*by).having(contested > 0).order_by(contested.desc(), *by)
+    return statement.limit(10)
+
+
+def _rate(row: RowMapping) -> dict[str, Any]:
+    rate = row["contested"] / row["verdicts"] if row["verdicts"] else 0.0
+    return {**row, "rate": round(rate, 6)}
 
 
 def _by_status(table: RunsTable) -> tuple[Select[Any], Select[Any]]:

@@ -9,14 +9,29 @@ Without a file there is one target, ``default``: the table ``worker_runs``.
 """
 
 import difflib
+import json
 import os
 import re
 import tomllib
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from orphan_recovery.database import redact
 from orphan_recovery.settings import (
@@ -30,6 +45,8 @@ from orphan_recovery.settings import (
 CONFIG_FILE: Final = "orphan-recovery.toml"
 DEFAULT_TARGET: Final = "default"
 DEFAULT_TABLE: Final = "worker_runs"
+DEFAULT_BEAT_SECONDS: Final = 10.0
+"""Between two beats of a worker, where nobody said."""
 TARGETS_PREFIX: Final = "ORPHAN_RECOVERY_TARGETS"
 
 _TARGET_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -47,11 +64,37 @@ def _column(value: object) -> object:
 
 
 def _key(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
+    if isinstance(value, str) and not value.startswith("["):  # one name, of the file or a variable
+        return (value,)
+    return _listed(value)
+
+
+def _listed(value: object) -> object:
+    """A list; from a variable it comes as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, list | tuple):
+        raise ValueError('give a list, such as ["queued", "running"]; in a variable, as JSON')
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("give a number")
+    return value
+
+
+def _table(value: str) -> str:
+    split_table(value)
+    return value
 
 
 def _words(value: object) -> object:
     """Statuses may be numbers in the table; they are compared as text."""
+    value = _listed(value)
     if isinstance(value, list | tuple):
         return tuple(str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
     return value
@@ -65,8 +108,11 @@ Text = Annotated[str, Field(min_length=1)]
 ColumnName = Annotated[str | None, BeforeValidator(_column)]
 """None: the same name as here, if the table has it. Empty: left alone, whatever the table has."""
 Status = Annotated[Text, BeforeValidator(_word)]
-Statuses = Annotated[tuple[Text, ...], BeforeValidator(_words)]
-Minutes = Annotated[int, Field(ge=1, le=MAX_THRESHOLD_MINUTES)]
+Statuses = Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_words)]
+Minutes = Annotated[int, BeforeValidator(_number), Field(ge=1, le=MAX_THRESHOLD_MINUTES)]
+Share = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
+Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, le=60 * MAX_THRESHOLD_MINUTES)]
+TableName = Annotated[Text, AfterValidator(_table)]
 
 
 class _Described(BaseModel):
@@ -76,7 +122,7 @@ class _Described(BaseModel):
 class Columns(_Described):
     """What the table's columns are called there. Everything but id and status is optional."""
 
-    id: Annotated[tuple[Text, ...], BeforeValidator(_key), Field(min_length=1)] = ("id",)
+    id: Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_key), Field(min_length=1)] = ("id",)
     """The key: one column, or several that are unique together."""
     status: Text = "status"
     worker_id: ColumnName = None
@@ -88,6 +134,7 @@ class Columns(_Described):
     success: ColumnName = None
     error: ColumnName = None
     completed_at: ColumnName = None
+    output_json: ColumnName = None
     parent_run_id: ColumnName = None
     attempt: ColumnName = None
     is_retry: ColumnName = None
@@ -96,7 +143,7 @@ class Columns(_Described):
 class Elsewhere(_Described):
     """Signs of life that are kept in another table: of the run's worker, or of its own events."""
 
-    table: Text
+    table: TableName
     key: Text
     """The column there that says whose they are."""
     run_key: Text
@@ -126,6 +173,10 @@ class Rule(_Described):
             raise ValueError("give either threshold_minutes, or never = true")
         return self
 
+    def __hash__(self) -> int:  # a dict has none of its own
+        kept = (self.threshold_minutes, self.never, self.reason)
+        return hash((*sorted(self.match.items()), *kept))
+
     @property
     def name(self) -> str:
         """What it matches, for the ledger."""
@@ -140,7 +191,7 @@ class Target(_Described):
     """The environment variable that holds its database's address."""
     database_url_secret: Text | None = None
     """The Prefect Secret block that holds it."""
-    table: Text = DEFAULT_TABLE
+    table: TableName = DEFAULT_TABLE
     in_flight: Annotated[Statuses, Field(min_length=1)] = ("queued", "running")
     crashed: Status = "crashed"
     """What a crash is called there."""
@@ -149,8 +200,11 @@ class Target(_Described):
     waiting: Statuses = ()
     """Known, and none of recovery's business: runs that no worker holds."""
     threshold_minutes: Minutes = Field(default_factory=lambda: load_settings().threshold_minutes)
-    heartbeat_seconds: Annotated[float, Field(gt=0)] | None = None
+    heartbeat_seconds: Seconds | None = None
     """How often workers beat, if it is known; `doctor` measures it where it is not."""
+    lock: Literal["run", "worker"] | None = None
+    """Whether workers hold a session-level advisory lock for as long as they live, and for what:
+    each run, or each worker."""
     index: bool = True
     """Whether `migrate` makes sure of the index that serves detection."""
     truth_trigger: bool = False
@@ -160,12 +214,20 @@ class Target(_Described):
     """Signs of life per worker, in a table of workers."""
     run_events: Elsewhere | None = None
     """Signs of life per run, in a table of its events or attempts."""
-    release: tuple[Text, ...] = ()
+    hold_share: Share = 0.5
+    """Above this share of its workers silent, a sweep looks twice, and then stops and asks."""
+    hold_least_workers: Annotated[int, BeforeValidator(_number), Field(ge=1)] = 10
+    """In a fleet with fewer workers in flight, the share says nothing."""
+    contest_limit: Share = 0.01
+    """Above this share of contested verdicts every sweep warns."""
+    release: Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_listed)] = ()
     """Columns that the mark sets to NULL, where what they hold keeps a slot taken."""
-    rules: tuple[Rule, ...] = ()
+    rules: Annotated[tuple[Rule, ...], NoDecode, BeforeValidator(_listed)] = ()
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        if len(set(self.columns.id)) < len(self.columns.id):
+            raise ValueError("columns.id has a column twice")
         if self.database_url_env and self.database_url_secret:
             raise ValueError(
                 "database_url_env and database_url_secret are both given: a target has one source"
@@ -187,13 +249,11 @@ class Target(_Described):
             raise ValueError("truth_trigger needs to know the terminal statuses: give terminal")
         used: dict[str, str] = {}
         for role, column in self.named_columns():
+            if role == "id" and column not in used:  # a part of the key may have a role besides
+                continue
             if column in used:
                 raise ValueError(f"{used[column]} and {role} are both the column {column!r}")
             used[column] = role
-        split_table(self.table)
-        for elsewhere in (self.worker_heartbeat, self.run_events):
-            if elsewhere:
-                split_table(elsewhere.table)
         written = {self.columns.status, self.columns.error, self.columns.completed_at}
         if kept := [name for name in self.release if name in {*written, *self.columns.id}]:
             raise ValueError(f"release has {kept[0]!r}, which the mark writes or is the key")
@@ -214,6 +274,11 @@ class Target(_Described):
         own = Target(name=self.name, threshold_minutes=self.threshold_minutes)
         same = ("table", "in_flight", "crashed", "columns")
         return all(getattr(self, name) == getattr(own, name) for name in same)
+
+    @property
+    def beat(self) -> timedelta:
+        """Between two beats of a worker, where it is not measured."""
+        return timedelta(seconds=self.heartbeat_seconds or DEFAULT_BEAT_SECONDS)
 
     @property
     def ends(self) -> tuple[str, ...] | None:
@@ -282,7 +347,31 @@ def load_targets() -> dict[str, Target]:
             f"a variable {TARGETS_PREFIX}__… cannot be read: {error}; lists and tables are "
             "given as JSON there"
         ) from None
+    _refuse_strangers(path, data, targets)
+    alike: dict[str, str] = {}
+    for name in targets:
+        other = alike.setdefault(name.replace("_", "-"), name)
+        if other != name:
+            raise ConfigurationError(
+                f"{path}: targets {other!r} and {name!r} differ only in - and _, so that what is "
+                "named after them in Prefect would be the same: rename one"
+            )
     return targets or {DEFAULT_TARGET: Target()}
+
+
+def _refuse_strangers(path: Path, data: dict[str, Any], targets: dict[str, Target]) -> None:
+    """A misspelt variable must not become a target of its own, on the default table."""
+    described = data.get("targets", {})
+    for name, target in targets.items():
+        if name in described or name == DEFAULT_TARGET or "table" in target.model_fields_set:
+            continue
+        close = difflib.get_close_matches(name, [*described, DEFAULT_TARGET], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigurationError(
+            f"a variable {TARGETS_PREFIX}__{name.upper()}__… is about a target {name!r}, which "
+            f"{path} does not have: {hint}a target of the environment alone needs at least "
+            f"{TARGETS_PREFIX}__{name.upper()}__TABLE"
+        )
 
 
 def find_target(name: str | None = None) -> Target:
@@ -293,13 +382,13 @@ def find_target(name: str | None = None) -> Target:
     Raises:
         ConfigurationError: there is no such target, or several and none of them is meant.
     """
-    targets, asked = load_targets(), "--target"
+    targets, asked = load_targets(), ""
     if name is None:
-        name, asked = load_settings().target, TARGET_VARIABLE
+        name, asked = load_settings().target, f", which {TARGET_VARIABLE} names"
     if name is not None:
         if name not in targets:
             raise ConfigurationError(
-                f"there is no target {name!r} ({asked}); there is {', '.join(map(repr, targets))}"
+                f"there is no target {name!r}{asked}; there is {', '.join(map(repr, targets))}"
                 + ("" if _config_path() else f", and no file {CONFIG_FILE}")
             )
         return targets[name]
@@ -358,9 +447,13 @@ def where(target: Target, *keys: str) -> str:
 
 
 def _place(path: Path, keys: list[str]) -> str:
-    variable = "__".join([TARGETS_PREFIX, *keys[1:]]).upper()
     given_by = {name.upper() for name in os.environ}
-    return variable if variable in given_by else f"{path}: {'.'.join(keys)}"
+    for length in range(len(keys), 0, -1):  # a variable may hold a whole table, as JSON
+        variable = "__".join([TARGETS_PREFIX, *keys[1:length]]).upper()
+        if variable in given_by:
+            inside = ".".join(keys[length:])
+            return f"{variable}: {inside}" if inside else variable
+    return f"{path}: {'.'.join(keys)}"
 
 
 def _config_path() -> Path | None:
@@ -381,7 +474,8 @@ def _read_file() -> tuple[Path, dict[str, Any]]:
     except OSError as error:
         raise ConfigurationError(
             f"{CONFIG_VARIABLE} names {str(path)!r}, which cannot be read ({error.strerror}): "
-            "name the file that describes the targets, or unset it"
+            "name the file that describes the targets, or unset it; for `init` to write to it, "
+            "make an empty one first"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
@@ -395,7 +489,7 @@ def _explain(path: Path, problem: Any) -> str:
         close = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{place} is no key: {hint}known are {', '.join(known)}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "Give")
     value = problem["input"]
     if isinstance(value, dict | list | tuple | BaseModel) or problem["type"] == "missing":
         return f"{place}: {message[0].lower()}{message[1:]}" if keys else f"{path}: {message}"

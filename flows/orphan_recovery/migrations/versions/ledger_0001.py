@@ -54,8 +54,11 @@ CREATE TABLE orphan_recovery.sweeps (
     undatable  bigint,
     ahead      bigint,
     exempt     bigint,
+    timeline   text,
+    looked_twice text,
+    hold       uuid,
     ended_at   timestamptz,
-    ended_as   text CHECK (ended_as IN ('completed', 'failed', 'died', 'direct')),
+    ended_as   text CHECK (ended_as IN ('completed', 'failed', 'held', 'died', 'direct')),
     detected   bigint,
     marked     bigint,
     missed     bigint,
@@ -90,7 +93,58 @@ CREATE TABLE orphan_recovery.verdicts (
 )
 """
 
+# A run marked crashed whose worker reported a result later. The row stays as it is.
+CONTESTS = """
+CREATE TABLE orphan_recovery.contests (
+    sweep_id        uuid NOT NULL REFERENCES orphan_recovery.sweeps,
+    run_id          text NOT NULL,
+    target          text NOT NULL,
+    worker_id       text,
+    reported_status text NOT NULL,
+    reported_at     timestamptz NOT NULL,
+    PRIMARY KEY (sweep_id, run_id)
+)
+"""
+
+# A sweep that stopped because too much of the fleet looked dead, the runs it is about, and a
+# person's release of them.
+HOLDS = """
+CREATE TABLE orphan_recovery.holds (
+    hold_id   uuid PRIMARY KEY,
+    target    text NOT NULL,
+    sweep_id  uuid NOT NULL REFERENCES orphan_recovery.sweeps,
+    reference text,
+    opened_at timestamptz NOT NULL,
+    evidence  jsonb NOT NULL,
+    ended_at  timestamptz,
+    ended_as  text CHECK (ended_as IN ('recovered', 'released')),
+    ended_by  uuid REFERENCES orphan_recovery.sweeps,
+    CHECK ((ended_at IS NULL) = (ended_as IS NULL))
+)
+"""
+HOLD_RUNS = """
+CREATE TABLE orphan_recovery.hold_runs (
+    hold_id uuid NOT NULL REFERENCES orphan_recovery.holds,
+    run_id  text NOT NULL,
+    PRIMARY KEY (run_id, hold_id)
+)
+"""
+APPROVALS = """
+CREATE TABLE orphan_recovery.approvals (
+    hold_id     uuid NOT NULL REFERENCES orphan_recovery.holds,
+    approved_at timestamptz NOT NULL,
+    expires_at  timestamptz NOT NULL,
+    approved_by text NOT NULL,
+    note        text,
+    PRIMARY KEY (hold_id, approved_at)
+)
+"""
+
 LEDGER_INDEXES = (
+    # The last sweep of a target.
+    "CREATE INDEX sweeps_latest ON orphan_recovery.sweeps (target, opened_at DESC)",
+    # Holds that are open: few, if any.
+    "CREATE INDEX holds_open ON orphan_recovery.holds (target) WHERE ended_at IS NULL",
     # The history of one run, and whether another sweep marked it.
     "CREATE INDEX verdicts_run ON orphan_recovery.verdicts (target, run_id)",
     # The newest verdicts that marked a run, for the summary.
@@ -110,49 +164,61 @@ BEGIN
 END $$
 """
 
-# A sweep is written twice: when it opens, and when it is closed, once and with nothing but its
-# end.
+# A sweep, and a hold, is written twice: when it opens, and when it is closed, once and with
+# nothing but its end.
 SWEEP_GUARD = """
 CREATE FUNCTION orphan_recovery.allow_one_close() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    ending text[] := ARRAY['ended_at', 'ended_as', 'detected', 'marked', 'missed', 'failed',
-                           'error'];
+    ending text[] := ARRAY['ended_at', 'ended_as', 'ended_by', 'detected', 'marked', 'missed',
+                           'failed', 'looked_twice', 'hold', 'error'];
+    key    text   := TG_ARGV[0];
 BEGIN
     IF OLD.ended_at IS NULL AND NEW.ended_at IS NOT NULL
        AND to_jsonb(OLD) - ending = to_jsonb(NEW) - ending THEN
         RETURN NEW;
     END IF;
-    RAISE EXCEPTION 'LEDGER_VIOLATION: sweep % may be closed once, and is not to be changed',
-        OLD.sweep_id
+    RAISE EXCEPTION 'LEDGER_VIOLATION: % of %.% may be closed once, and is not to be changed',
+        to_jsonb(OLD)->>key, TG_TABLE_SCHEMA, TG_TABLE_NAME
         USING ERRCODE = 'P0001';
 END $$
 """
 
-LEDGER_TRIGGERS = (
-    "CREATE TRIGGER append_only BEFORE UPDATE OR DELETE ON orphan_recovery.verdicts "
-    "FOR EACH ROW EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()",
-    "CREATE TRIGGER no_truncate BEFORE TRUNCATE ON orphan_recovery.verdicts "
-    "FOR EACH STATEMENT EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()",
-    "CREATE TRIGGER append_only BEFORE DELETE ON orphan_recovery.sweeps "
-    "FOR EACH ROW EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()",
-    "CREATE TRIGGER one_close BEFORE UPDATE ON orphan_recovery.sweeps "
-    "FOR EACH ROW EXECUTE FUNCTION orphan_recovery.allow_one_close()",
-    "CREATE TRIGGER no_truncate BEFORE TRUNCATE ON orphan_recovery.sweeps "
-    "FOR EACH STATEMENT EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()",
-)
+APPEND_ONLY = ("verdicts", "contests", "hold_runs", "approvals")
+CLOSED_ONCE = {"sweeps": "sweep_id", "holds": "hold_id"}
+
+
+def ledger_triggers() -> list[str]:
+    refuse = "EXECUTE FUNCTION orphan_recovery.refuse_ledger_change()"
+    triggers = []
+    for table in (*APPEND_ONLY, *CLOSED_ONCE):
+        changes = "UPDATE OR DELETE" if table in APPEND_ONLY else "DELETE"
+        triggers += [
+            f"CREATE TRIGGER append_only BEFORE {changes} ON orphan_recovery.{table} "
+            f"FOR EACH ROW {refuse}",
+            f"CREATE TRIGGER no_truncate BEFORE TRUNCATE ON orphan_recovery.{table} "
+            f"FOR EACH STATEMENT {refuse}",
+        ]
+    return triggers + [
+        f"CREATE TRIGGER one_close BEFORE UPDATE ON orphan_recovery.{table} "
+        f"FOR EACH ROW EXECUTE FUNCTION orphan_recovery.allow_one_close('{key}')"
+        for table, key in CLOSED_ONCE.items()
+    ]
 
 
 def upgrade() -> None:
     op.execute(TRUTH)
     op.execute(SWEEPS)
     op.execute(VERDICTS)
-    for statement in (*LEDGER_INDEXES, LEDGER_GUARD, SWEEP_GUARD, *LEDGER_TRIGGERS):
+    for statement in (CONTESTS, HOLDS, HOLD_RUNS, APPROVALS, *LEDGER_INDEXES):
+        op.execute(statement)
+    for statement in (LEDGER_GUARD, SWEEP_GUARD, *ledger_triggers()):
         op.execute(statement)
 
 
 def downgrade() -> None:
-    op.execute("DROP TABLE orphan_recovery.verdicts, orphan_recovery.sweeps")
+    for table in ("approvals", "hold_runs", "holds", "contests", "verdicts", "sweeps"):
+        op.execute(f"DROP TABLE orphan_recovery.{table}")
     op.execute("DROP FUNCTION orphan_recovery.refuse_ledger_change()")
     op.execute("DROP FUNCTION orphan_recovery.allow_one_close()")
     op.execute("DROP FUNCTION orphan_recovery.prevent_worker_run_mutation()")

@@ -1,0 +1,180 @@
+"""Beat: the statements that give a sign of life, and say what became of a run that is lost.
+
+The hazard is a beat that revives what is dead: so it writes only to a run that is in flight and
+still this worker's. A row that somebody holds is passed over, not waited for: one that is held
+for long must not keep the others from beating.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    RowMapping,
+    Select,
+    Text,
+    column,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.selectable import TableValuedAlias
+
+from orphan_recovery.alive.lost import LostBy, RunLost
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.rules import threshold_of
+from orphan_recovery.runs import RunsTable, stored
+from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Target, where
+
+_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Beaten:
+    """What one beat proved."""
+
+    thresholds: dict[str, timedelta | None]
+    """The runs that are still this worker's, with their thresholds; None: never an orphan."""
+    lost: dict[str, RunLost]
+
+
+def require_beat(table: RunsTable) -> None:
+    """Refuse a target that has no place for a beat.
+
+    Raises:
+        ConfigurationError: it has neither a heartbeat column nor a table of workers.
+    """
+    if not table.has("heartbeat_at") and "worker_heartbeat" not in table.elsewhere:
+        raise ConfigurationError(
+            f"{where(table.target)} has no place for a beat: name a column as heartbeat_at under "
+            "columns, or a worker_heartbeat"
+        )
+
+
+async def beat(
+    db: AsyncConnection, table: RunsTable, runs: Sequence[tuple[str, str | None]]
+) -> Beaten:
+    """Give a sign of life for each of ``runs``. Does not commit.
+
+    Args:
+        db: an open transaction.
+        table: the target's table.
+        runs: the key of each run as text, and its worker; None for a worker that is not checked.
+
+    Returns:
+        What is still this worker's and what is lost. A row that somebody holds is in neither.
+    """
+    rows = (await db.execute(_beat(table, runs))).mappings()
+    thresholds = {row["run_id"]: row["threshold"] for row in rows}
+    left = [run for run in runs if run[0] not in thresholds]
+    lost: dict[str, RunLost] = {}
+    if left:
+        for row in (await db.execute(look(table, left))).mappings():
+            by = lost_by(table.target, row)
+            if by is not None:
+                lost[row["run_id"]] = RunLost(row["run_id"], by, found(row))
+    return Beaten(thresholds, lost)
+
+
+def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[Any]:
+    seen = _as_held(runs)
+    threshold = threshold_of(table, SweepRequest(asked_by="beat", target=table.target))
+    kept = None if table.has("heartbeat_at") else table.elsewhere["worker_heartbeat"]
+    held = (
+        select(
+            *(own.label(f"key_{n}") for n, own in enumerate(table.key)),
+            seen.c.run_id,
+            threshold.label("threshold"),
+            *([] if kept is None else [kept.our_key.label("worker")]),
+        )
+        .select_from(table.table.join(seen, table.is_row(seen.c.run_id)))
+        .where(*guards(table, seen.c.worker_id).values())
+        .order_by(*table.key)
+        .with_for_update(of=table.table, key_share=True, skip_locked=True)
+        .cte("held")
+    )
+    if kept is None:
+        beaten = (
+            update(table.table)
+            .where(*(own == held.c[f"key_{n}"] for n, own in enumerate(table.key)))
+            .values({table.columns.heartbeat_at: table.stored("heartbeat_at", _NOW)})
+            .returning(held.c.run_id, held.c.threshold)
+            .cte("beaten")
+        )
+        return select(beaten.c.run_id, beaten.c.threshold)
+    workers = (  # only workers beat: one write for each that holds any of the runs
+        update(kept.table)
+        .where(kept.their_key.in_(select(held.c.worker)))
+        .values({kept.table.c.last_seen: stored(_NOW, kept.last_seen)})
+        .returning(kept.their_key.label("worker"))
+        .cte("workers")
+    )
+    return select(held.c.run_id, held.c.threshold).where(
+        held.c.worker.in_(select(workers.c.worker))
+    )
+
+
+def look(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[Any]:
+    """The rows of ``runs`` as they stand, and whether each is its worker's own."""
+    seen = _as_held(runs)
+    return (
+        select(
+            seen.c.run_id,
+            table.key[0].is_(None).label("vanished"),
+            table.text("status").label("status"),
+            table.text("worker_id").label("worker_id"),
+            table.text("completed_at").label("completed_at"),
+            table.text("error").label("error"),
+            is_own(table, seen.c.worker_id).label("own"),
+        )
+        .select_from(seen.join(table.table, table.is_row(seen.c.run_id), isouter=True))
+        .order_by(seen.c.run_id)
+    )
+
+
+def guards(table: RunsTable, worker_id: ColumnElement[Any]) -> dict[str, ColumnElement[bool]]:
+    """What a run must be for its worker to write to it: a beat, or a result."""
+    return {
+        # It was marked, or has ended.
+        "in flight": table.in_flight,
+        # It changed hands.
+        "own": is_own(table, worker_id),
+    }
+
+
+def is_own(table: RunsTable, worker_id: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Whether the run is that worker's; always, where no worker is named or none is kept."""
+    if not table.has("worker_id"):
+        return true()
+    return or_(worker_id.is_(None), table.text("worker_id") == worker_id)
+
+
+def lost_by(target: Target, row: RowMapping) -> LostBy | None:
+    """How a run was lost, from its row as it stands; None if it is not."""
+    if row["vanished"]:
+        return LostBy.VANISHED
+    if row["status"] == target.crashed:
+        return LostBy.MARKED
+    if row["status"] not in target.in_flight:
+        return LostBy.FINISHED
+    return None if row["own"] else LostBy.CHANGED_HANDS
+
+
+def found(row: RowMapping) -> dict[str, Any]:
+    """The row as it stood, for a person."""
+    return {name: row[name] for name in ("status", "worker_id", "completed_at", "error")}
+
+
+def _as_held(runs: Sequence[tuple[str, str | None]]) -> TableValuedAlias:
+    ids = literal([run_id for run_id, _ in runs], ARRAY(Text()))
+    workers = literal([worker_id for _, worker_id in runs], ARRAY(Text()))
+    names = (column("run_id", Text()), column("worker_id", Text()))
+    return func.unnest(ids, workers).table_valued(*names, name="seen").render_derived()

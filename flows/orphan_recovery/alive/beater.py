@@ -1,0 +1,243 @@
+"""The beater: one thread of a process that beats for all its runs, over one connection.
+
+The hazard is a worker that believes it lives. So a run counts as proven only from the moment at
+which a beat that came through was sent; and a run that was not proven for as long as its
+threshold is lost, whatever the database would say if it could be asked. Nothing that goes wrong
+here is ever raised into the work.
+"""
+
+import asyncio
+import atexit
+import os
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from orphan_recovery.alive.beat import beat, require_beat
+from orphan_recovery.alive.lock import Locks
+from orphan_recovery.alive.lost import LostBy, RunLost
+from orphan_recovery.database import describe, make_engine, transaction
+from orphan_recovery.log import logger
+from orphan_recovery.runs import runs_table
+from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Target
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+T = TypeVar("T")
+
+BEATS_IN_A_THRESHOLD: Final = 3
+"""Beats that have to fit into a threshold: one may be lost, and one be late."""
+JITTER: Final = 0.1
+"""Share of the interval that is left to chance, so that a fleet does not beat as one."""
+RETRY_SHARE: Final = 0.2
+"""Share of the interval after which a beat that failed is tried again."""
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """One run that this process holds. Read and written under the beater's lock."""
+
+    run_id: str
+    worker_id: str | None
+    on_loss: Callable[[RunLost], None]
+    lost_after: float
+    """Seconds without proof after which it is lost; infinite for a run that is never an orphan."""
+    proven_at: float = field(default_factory=time.monotonic)
+    """When the last beat that came through was sent, by this process's monotonic clock."""
+    lost: RunLost | None = None
+    is_lost: threading.Event = field(default_factory=threading.Event)
+
+
+class Beater:
+    """Beats for the runs of one target. Use :func:`beater_of`."""
+
+    def __init__(self, target: Target, url: URL, interval: float) -> None:
+        self.target, self.url, self.interval = target, url, interval
+        self.pid = os.getpid()
+        self._lock = threading.Lock()
+        self._holds: list[Hold] = []
+        self._locks = None if target.lock is None else Locks(target, timedelta(seconds=interval))
+        self._failing = False
+        self._ready = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name=f"orphan-recovery alive {target.name}", daemon=True
+        )
+        self._thread.start()
+        self._ready.wait()
+
+    def hold(self, run_id: str, worker_id: str | None, on_loss: Callable[[RunLost], None]) -> Hold:
+        """Beat for a run from now on. The first beat goes out at once."""
+        threshold = timedelta(minutes=self.target.threshold_minutes)
+        if self._locks is not None:
+            threshold = self._locks.lost_after
+        held = Hold(run_id, worker_id, on_loss, threshold.total_seconds())
+        with self._lock:
+            self._holds.append(held)
+        self._loop.call_soon_threadsafe(self._wake)
+        return held
+
+    def release(self, held: Hold) -> None:
+        """Beat for it no more; it cannot be lost from here on."""
+        with self._lock:
+            if held in self._holds:
+                self._holds.remove(held)
+        self._loop.call_soon_threadsafe(self._wake)
+
+    def submit(self, work: Callable[[AsyncEngine], Coroutine[Any, Any, T]]) -> "Future[T]":
+        """Do ``work`` on the beater's connections, in its thread."""
+        return asyncio.run_coroutine_threadsafe(work(self._engine), self._loop)
+
+    def stop(self) -> None:
+        """End the thread. For the end of the process."""
+        if self._thread.is_alive() and self.pid == os.getpid():
+            self._loop.call_soon_threadsafe(self._ending.set)
+            self._thread.join(5)
+
+    def _run(self) -> None:
+        asyncio.run(self._live())
+
+    async def _live(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._engine = make_engine(self.url)
+        self._ending, self._news = asyncio.Event(), asyncio.Event()
+        self._ready.set()
+        tasks = [asyncio.create_task(self._beat_on()), asyncio.create_task(self._watch())]
+        await self._ending.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._locks is not None:
+            await self._locks.let_go()
+        await self._engine.dispose()
+
+    def _wake(self) -> None:
+        self._news.set()
+
+    async def _beat_on(self) -> None:
+        """Beat by the interval; at once for a new run; soon again after a beat that failed."""
+        while True:
+            self._news.clear()
+            well = await self._beat_all()
+            spread = random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
+            pause = self.interval * spread if well else self.interval * RETRY_SHARE
+            try:
+                async with asyncio.timeout(pause):
+                    await self._news.wait()
+            except TimeoutError:
+                continue
+
+    async def _beat_all(self) -> bool:
+        self._fence()  # a process that was frozen learns of it before it beats again
+        with self._lock:
+            holds = [held for held in self._holds if held.lost is None]
+        if not holds and not (self._locks and self._locks.any_held):
+            return True
+        sent_at = time.monotonic()
+        try:
+            async with asyncio.timeout(self.interval):
+                runs = list({(held.run_id, held.worker_id) for held in holds})
+                if self._locks is not None:
+                    told = await self._locks.prove(self._engine, runs)
+                else:
+                    async with transaction(self._engine) as db:
+                        table = await runs_table(db, self.target)
+                        require_beat(table)
+                        told = await beat(db, table, runs)
+        except Exception as error:
+            if not self._failing:
+                fields = {"target": self.target.name, "error": describe(error)}
+                logger.warning("beat_failed", extra=fields)
+            self._failing = True
+            return False
+        if self._failing:
+            logger.info("beat_recovered", extra={"target": self.target.name})
+        self._failing = False
+        for held in holds:
+            if held.run_id in told.thresholds:
+                threshold = told.thresholds[held.run_id]
+                held.proven_at = sent_at
+                held.lost_after = float("inf") if threshold is None else threshold.total_seconds()
+            elif lost := told.lost.get(held.run_id):
+                self._lose(held, lost)
+        return True
+
+    async def _watch(self) -> None:
+        """See to it that a run is lost on time, while a beat hangs or the database is away."""
+        while True:
+            await asyncio.sleep(min(1.0, self.interval * RETRY_SHARE))
+            self._fence()
+
+    def _fence(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            overdue = [
+                held
+                for held in self._holds
+                if held.lost is None and now - held.proven_at >= held.lost_after
+            ]
+        for held in overdue:
+            silent = f"{now - held.proven_at:.0f} seconds"
+            self._lose(held, RunLost(held.run_id, LostBy.UNPROVEN, {"no beat for": silent}))
+
+    def _lose(self, held: Hold, lost: RunLost) -> None:
+        with self._lock:
+            if held.lost is not None or held not in self._holds:
+                return
+            held.lost = lost
+        held.is_lost.set()
+        fields = {"run_id": held.run_id, "target": self.target.name, "by": lost.by.value}
+        logger.error("run_lost", extra={**fields, "found": lost.found})
+        held.on_loss(lost)
+
+
+_beaters: dict[tuple[Target, URL, float], Beater] = {}
+_making = threading.Lock()
+
+
+def beater_of(target: Target, url: URL, interval: float | None) -> Beater:
+    """The beater of this process for ``target``; started when it is first asked for.
+
+    Args:
+        target: whose runs.
+        url: its database.
+        interval: seconds between beats; None for the target's ``heartbeat_seconds``, else 10.
+
+    Raises:
+        ConfigurationError: the interval is not above 0, or three beats do not fit into the
+            shortest threshold.
+    """
+    seconds = target.beat.total_seconds() if interval is None else interval
+    rules = [rule.threshold_minutes for rule in target.rules if rule.threshold_minutes]
+    least = 60 * min([target.threshold_minutes, *rules])
+    if seconds <= 0 or seconds * BEATS_IN_A_THRESHOLD > least:
+        raise ConfigurationError(
+            f"a beat every {seconds:g} seconds does not go with a threshold of {least} seconds "
+            f"(target {target.name!r}): beat at least {BEATS_IN_A_THRESHOLD} times within it"
+        )
+    with _making:
+        key = (target, url, seconds)
+        found = _beaters.get(key)
+        if found is None or found.pid != os.getpid():  # threads do not survive a fork
+            found = _beaters[key] = Beater(target, url, seconds)
+        return found
+
+
+@atexit.register
+def _stop_all() -> None:
+    for one in _beaters.values():
+        one.stop()
+
+
+async def await_future(future: "Future[T]") -> T:
+    """Wait for work of the beater's thread without holding up this one's loop."""
+    waited: Awaitable[T] = asyncio.wrap_future(future)
+    return await waited

@@ -1,0 +1,170 @@
+"""Keep alive: beat for a run while a block of code works on it, and stop it when it is lost.
+
+The hazard is to finish twice: a worker that was frozen, or cut off from the database, comes back
+and goes on as if nothing had been. So the block is told, by an event to check, or on request by
+being cancelled; and what it reports in the end is written only if the run is still its own.
+"""
+
+import asyncio
+import ctypes
+import threading
+from types import TracebackType
+from typing import Any
+
+from orphan_recovery.alive.beater import Beater, Hold, beater_of
+from orphan_recovery.alive.lost import RunLost
+from orphan_recovery.alive.write import finish_run, finish_run_sync
+from orphan_recovery.database import address
+from orphan_recovery.targets import find_target
+
+
+class keep_alive:  # noqa: N801 - used as a function
+    """Beat for a run for as long as the block lasts: ``with`` or ``async with``.
+
+    The beat comes from a thread of its own, so work that blocks the event loop, or that is pure
+    computation, still beats. All runs of a process share one connection and one statement a beat.
+    A beat that fails is tried again within the interval, and never raises into the block.
+
+    Args:
+        run_id: the run's key, as text; of a key of several columns, a JSON array of texts.
+        worker_id: who holds it: a run that is another's is lost. None not to check.
+        target: its target; None for the one that is meant by default.
+        interval: seconds between beats; None for the target's ``heartbeat_seconds``, else 10.
+        cancel: whether to stop the block when the run is lost: an ``async with`` block is
+            cancelled, a ``with`` block gets the exception between two bytecodes (a call that
+            blocks in C is not interrupted). Without it, check :attr:`Alive.lost`.
+
+    Returns:
+        An :class:`Alive`, on entering.
+
+    Raises:
+        ConfigurationError: on entering, where the target or the interval cannot be used.
+        RunLost: on leaving, with ``cancel`` where the block was stopped.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        worker_id: str | None = None,
+        target: str | None = None,
+        interval: float | None = None,
+        cancel: bool = False,
+    ) -> None:
+        self._run_id, self._worker_id = str(run_id), worker_id
+        self._target, self._interval, self._cancel = find_target(target), interval, cancel
+        self._beater: Beater
+        self._hold: Hold
+        self._stopped = False
+        """Whether the block was told to stop. Under the lock."""
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Alive":
+        self._thread = threading.get_ident()
+        return self._begin(self._interrupt)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cancel = False
+        try:
+            self._beater.release(self._hold)
+            with self._lock:
+                stopped = self._stopped
+            if stopped and kind is not _Stop:  # it has not arrived, and is not to arrive later
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
+        except _Stop:  # it arrived just here
+            stopped = True
+        if stopped and (kind is None or kind is _Stop):
+            raise self._lost() from None
+
+    async def __aenter__(self) -> "Alive":
+        self._loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None  # noqa: S101 - inside a coroutine
+        self._task = task
+        self._cancelling = task.cancelling()
+        return await asyncio.to_thread(self._begin, self._cancel_task)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._beater.release(self._hold)
+            stopped, self._cancel = self._stopped, False
+        # As asyncio.timeout does: a cancellation by somebody else is not swallowed.
+        if stopped and self._task.uncancel() <= self._cancelling and kind in _CANCELLED:
+            raise self._lost() from error
+
+    def _begin(self, on_loss: Any) -> "Alive":
+        self._beater = beater_of(self._target, address(self._target), self._interval)
+        self._hold = self._beater.hold(self._run_id, self._worker_id, on_loss)
+        return Alive(self._hold, self._target.name)
+
+    def _cancel_task(self, _: RunLost) -> None:
+        self._loop.call_soon_threadsafe(self._cancel_now)
+
+    def _cancel_now(self) -> None:
+        with self._lock:
+            if self._cancel and not self._stopped:
+                self._stopped = True
+                self._task.cancel()
+
+    def _interrupt(self, _: RunLost) -> None:
+        with self._lock:
+            if self._cancel and not self._stopped:
+                self._stopped = True
+                stop = ctypes.py_object(_Stop)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), stop)
+
+    def _lost(self) -> RunLost:
+        assert self._hold.lost is not None  # noqa: S101 - it is what stopped the block
+        return self._hold.lost
+
+
+class _Stop(BaseException):
+    """Stops a synchronous block. No Exception, so that the work does not take it for its own."""
+
+
+_CANCELLED = (None, asyncio.CancelledError)
+
+
+class Alive:
+    """A run that is being kept alive."""
+
+    def __init__(self, hold: Hold, target: str) -> None:
+        self._hold, self._target = hold, target
+
+    @property
+    def run_id(self) -> str:
+        return self._hold.run_id
+
+    @property
+    def lost(self) -> RunLost | None:
+        """How the run was lost; None while it is not. Cheap: look as often as you like."""
+        return self._hold.lost
+
+    @property
+    def is_lost(self) -> threading.Event:
+        """Set when the run is lost: to wait on, or to hand to other threads."""
+        return self._hold.is_lost
+
+    def check(self) -> None:
+        """Raise :class:`RunLost` if the run is lost."""
+        if self._hold.lost is not None:
+            raise self._hold.lost
+
+    async def finish(self, **result: Any) -> None:
+        """Write the result, if the run is still its own: :func:`finish_run`."""
+        run, worker = self._hold.run_id, self._hold.worker_id
+        await finish_run(run, worker_id=worker, target=self._target, **result)
+
+    def finish_sync(self, **result: Any) -> None:
+        """The same from synchronous code."""
+        run, worker = self._hold.run_id, self._hold.worker_id
+        finish_run_sync(run, worker_id=worker, target=self._target, **result)

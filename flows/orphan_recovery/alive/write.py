@@ -1,0 +1,237 @@
+"""Claim and finish: a worker's two conditional writes, at the beginning of a run and at its end.
+
+The hazard is a result that overwrites a verdict, or another worker's run. So each write wins only
+if the run still is what the worker believes it to be; what it does not win, it names; and where a
+result came for a run that stands crashed, the ledger gets a contested verdict.
+"""
+
+from typing import Any
+
+from sqlalchemy import Text, cast, func, literal, or_, update
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from orphan_recovery.alive.beat import found, guards, look, lost_by
+from orphan_recovery.alive.beater import await_future, beater_of
+from orphan_recovery.alive.lost import LostBy, RunLost
+from orphan_recovery.database import address, describe, transaction
+from orphan_recovery.ledger import record_contest
+from orphan_recovery.log import logger
+from orphan_recovery.policy import retrying
+from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Target, find_target, where
+
+_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
+
+
+async def claim(
+    run_id: str, worker_id: str, *, status: str | None = None, target: str | None = None
+) -> bool:
+    """Take a run that nobody holds. Commits. Any number of workers may ask at once; one gets it.
+
+    Args:
+        run_id: the run's key, as text; of a key of several columns, a JSON array of texts.
+        worker_id: who takes it.
+        status: what a run is called that a worker holds; None for ``running``, or the only status
+            in flight.
+        target: its target; None for the one that is meant by default.
+
+    Returns:
+        True if the run is this worker's now, also by an earlier call whose acknowledgement was
+        lost. False if another was faster, or it is not there to be taken.
+
+    Raises:
+        ConfigurationError: the target has no column for the worker, or the status is not of those
+            in flight.
+        sqlalchemy.exc.DBAPIError: as the database raised it, after the retries of the policy.
+    """
+    meant = find_target(target)
+    return await await_future(_submit(meant, _claim(meant, str(run_id), worker_id, status)))
+
+
+def claim_sync(
+    run_id: str, worker_id: str, *, status: str | None = None, target: str | None = None
+) -> bool:
+    """:func:`claim` from synchronous code."""
+    meant = find_target(target)
+    return bool(_submit(meant, _claim(meant, str(run_id), worker_id, status)).result())
+
+
+async def finish_run(
+    run_id: str,
+    *,
+    worker_id: str | None = None,
+    status: str = "completed",
+    output: Any = None,
+    error: str | None = None,
+    target: str | None = None,
+) -> None:
+    """Write a run's result, if the run still is the worker's own. Commits.
+
+    Args:
+        run_id: the run's key, as text; of a key of several columns, a JSON array of texts.
+        worker_id: who held it; None not to check.
+        status: what it ends as, in the table's words.
+        output: what it gave back, ready for JSON, where the target has a column for it.
+        error: what went wrong, where it has a column for that.
+        target: its target; None for the one that is meant by default.
+
+    Raises:
+        RunLost: the run is not the worker's any more, and nothing was written; it says what
+            happened. Where the run stands crashed by a verdict, that is recorded as contested.
+        ConfigurationError: the status is in flight, or the target does not fit.
+        sqlalchemy.exc.DBAPIError: as the database raised it, after the retries of the policy.
+    """
+    meant = find_target(target)
+    result = _Result(status, output, error)
+    await await_future(_submit(meant, _finish(meant, str(run_id), worker_id, result)))
+
+
+def finish_run_sync(
+    run_id: str,
+    *,
+    worker_id: str | None = None,
+    status: str = "completed",
+    output: Any = None,
+    error: str | None = None,
+    target: str | None = None,
+) -> None:
+    """:func:`finish_run` from synchronous code."""
+    meant = find_target(target)
+    result = _Result(status, output, error)
+    _submit(meant, _finish(meant, str(run_id), worker_id, result)).result()
+
+
+class _Result:
+    """What a worker reports."""
+
+    def __init__(self, status: str, output: Any, error: str | None) -> None:
+        self.status, self.output, self.error = status, output, error
+
+
+def _submit(target: Target, work: Any) -> Any:
+    """Do ``work`` in the beater's thread, all of it again while the error is transient."""
+
+    async def retried(engine: AsyncEngine) -> Any:
+        async for attempt in retrying():
+            with attempt:
+                result = await work(engine, attempt.retry_state.attempt_number == 1)
+        return result
+
+    return beater_of(target, address(target), None).submit(retried)
+
+
+def _claim(target: Target, run_id: str, worker_id: str, status: str | None) -> Any:
+    running = status or _running(target)
+    if running not in target.in_flight:
+        raise ConfigurationError(
+            f"status is {running!r}, which {where(target, 'in_flight')} does not have"
+        )
+
+    async def work(engine: AsyncEngine, first: bool) -> bool:
+        async with transaction(engine) as db:
+            table = await runs_table(db, target)
+            if not table.has("worker_id"):
+                raise ConfigurationError(
+                    f"{where(target)} has no column for worker_id: a claim could not be told"
+                )
+            won = (await db.execute(_claiming(table, run_id, worker_id, running))).first()
+            if won is not None or first:
+                return won is not None
+            row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
+            # An earlier try was heard after all.
+            return bool(row["status"] == running and row["worker_id"] == worker_id)
+
+    return work
+
+
+def _running(target: Target) -> str:
+    if "running" in target.in_flight:
+        return "running"
+    if len(target.in_flight) == 1:
+        return target.in_flight[0]
+    raise ConfigurationError(
+        f"{where(target, 'in_flight')} has several statuses: say which one a run has that a "
+        "worker holds, by status"
+    )
+
+
+def _claiming(table: RunsTable, run_id: str, worker_id: str, running: str) -> Any:
+    row, facts, target = table.columns, table.facts, table.target
+    free = [s for s in (*target.in_flight, *target.waiting) if s != running]
+    values: dict[Any, Any] = {
+        row.status: literal(running, facts["status"].type),
+        row.worker_id: cast(literal(worker_id, Text), facts["worker_id"].type),
+    }
+    for role in ("started_at", "heartbeat_at"):
+        if role in facts:
+            values[row[role]] = table.stored(role, _NOW)
+    return (
+        update(table.table)
+        .where(table.is_row(literal(run_id, Text)))
+        .where(row.status.in_([literal(s, facts["status"].type) for s in free]))
+        .where(or_(row.worker_id.is_(None), table.text("worker_id") == worker_id))
+        .values(values)
+        .returning(literal(1))
+    )
+
+
+def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result) -> Any:
+    if result.status in (*target.in_flight, *target.waiting):
+        raise ConfigurationError(f"status is {result.status!r}, which ends nothing")
+
+    async def work(engine: AsyncEngine, first: bool) -> None:
+        async with transaction(engine) as db:
+            table = await runs_table(db, target)
+            if (await db.execute(_finishing(table, run_id, worker_id, result))).first():
+                return
+            row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
+            if not first and row["own"] and row["status"] == result.status:
+                return  # an earlier try was heard after all
+        by = lost_by(target, row) or LostBy.CHANGED_HANDS
+        contested = by is LostBy.MARKED and await _contest(
+            engine, target, run_id, worker_id, result
+        )
+        raise RunLost(run_id, by, found(row), contested=contested)
+
+    return work
+
+
+def _finishing(table: RunsTable, run_id: str, worker_id: str | None, result: _Result) -> Any:
+    row, facts = table.columns, table.facts
+    values: dict[Any, Any] = {row.status: literal(result.status, facts["status"].type)}
+    if "success" in facts:
+        values[row.success] = literal(result.error is None)
+    if "completed_at" in facts:
+        values[row.completed_at] = table.stored("completed_at", _NOW)
+    for role, told in (("error", result.error), ("output_json", result.output)):
+        if role in facts and told is not None:
+            values[row[role]] = table.written(role, told)
+    return (
+        update(table.table)
+        .where(table.is_row(literal(run_id, Text)))
+        .where(*guards(table, literal(worker_id, Text)).values())
+        .values(values)
+        .returning(literal(1))
+    )
+
+
+async def _contest(
+    engine: AsyncEngine, target: Target, run_id: str, worker_id: str | None, result: _Result
+) -> bool:
+    """Record that a result came for a run that a verdict had marked. Never raises."""
+    try:
+        async with transaction(engine) as db:
+            contested = await record_contest(
+                db, target.name, run_id, worker_id=worker_id, reported_status=result.status
+            )
+    except DBAPIError as error:  # no ledger there, or no right to write to it
+        fields = {"run_id": run_id, "target": target.name, "error": describe(error)}
+        logger.error("contest_not_recorded", extra=fields)
+        return False
+    if contested:
+        by = {"worker_id": worker_id, "reported": result.status}
+        logger.error("verdict_contested", extra={"run_id": run_id, "target": target.name, **by})
+    return contested

@@ -1,0 +1,198 @@
+"""Doubt: when not to believe silence, and for how long.
+
+The hazard is a blink that is taken for a death: a database that was away, a failover, a host that
+slept, a network that was cut. Silence is no evidence while nobody could write. So where one of
+these may be the cause, the sweep waits until whoever lives has had the time to beat, and looks
+again before it believes.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import Select, and_, case, func, literal, select
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+
+from orphan_recovery.database import Executor
+from orphan_recovery.detect import Fleet, Silence
+from orphan_recovery.ledger import contests, holds, sweeps, verdicts
+from orphan_recovery.report import span
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.rules import threshold_of
+from orphan_recovery.run import Evidence
+from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.verdict import Outcome
+
+GRACE_BEATS: Final = 2
+"""Beats that whoever lives is given to come back after nobody could write: one to find the
+connection broken, one to beat over a new one."""
+LONGEST_WAIT: Final = timedelta(seconds=60)
+"""A sweep waits no longer than that; what would need more is left to the next one."""
+LEAST_SAMPLE: Final = 5
+"""Beating runs from which an interval is estimated at all."""
+CONTESTS_WITHIN: Final = timedelta(days=30)
+
+_AWARE = TIMESTAMP(timezone=True)
+_NOW = func.statement_timestamp(type_=_AWARE)
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What is known of the database, of the last sweep, and of contested verdicts."""
+
+    seen_at: datetime
+    server_started_at: datetime
+    standby: bool
+    timeline: str | None
+    """Of the write-ahead log: another one after a failover."""
+    last_sweep_at: datetime | None = None
+    last_timeline: str | None = None
+    open_holds: int = 0
+    marked: int = 0
+    """Verdicts that marked a run in the last 30 days; 0 also where none is contested."""
+    contested: int = 0
+    """Those of them that were contested."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why silence is not to be believed yet, and how long until it is."""
+
+    reasons: tuple[str, ...]
+    wait: timedelta
+
+    @property
+    def is_too_long(self) -> bool:
+        """More than a sweep can wait: what has beaten is left to the next one."""
+        return self.wait > LONGEST_WAIT
+
+    def __str__(self) -> str:
+        return " and ".join(self.reasons)
+
+
+async def look_at_circumstances(db: Executor, request: SweepRequest) -> Circumstances:
+    """Ask when the server was started, when the last sweep was, and what is held. Reads only.
+
+    Raises:
+        ConfigurationError: the database is a standby, where nothing can be marked.
+    """
+    statement = _server() if request.dry_run else _server_and_ledger(request.target.name)
+    row = (await db.execute(statement)).mappings().one()
+    found = Circumstances(**row)
+    if found.standby:
+        raise ConfigurationError(
+            f"the database of target {request.target.name!r} is a standby, where nothing can be "
+            "marked: name the primary"
+        )
+    return found
+
+
+def doubts(
+    now: Circumstances, fleet: Fleet, silence: Silence, request: SweepRequest, beat: timedelta
+) -> Doubt | None:
+    """Whether the orphans of ``fleet`` are to be looked at a second time, and when.
+
+    Only what has beaten once can beat again; for runs that show their age alone there is nothing
+    to wait for. A lock goes with a connection, so that its holder may be about to take it again.
+    """
+    reasons, wait, grace = [], timedelta(0), GRACE_BEATS * beat
+    if request.target.lock is not None and fleet.orphans:
+        reasons.append("a lock may be lost with a connection alone")
+        wait = grace
+    if not fleet.beating:
+        return None
+    up = now.seen_at - now.server_started_at
+    if up < grace:
+        reasons.append(f"the server was started {span(up)} ago")
+        wait = max(wait, grace - up)
+    if now.last_timeline is not None and now.timeline != now.last_timeline:
+        reasons.append("the server has failed over since the last sweep")
+        wait = max(wait, grace)
+    if now.last_sweep_at is not None and now.seen_at - now.last_sweep_at > request.threshold:
+        reasons.append(f"no sweep has looked for {span(now.seen_at - now.last_sweep_at)}")
+        wait = max(wait, beat)
+    if silence.is_too_much(request.target):
+        reasons.append(f"{silence.silent_workers} of {silence.workers} workers look dead")
+        wait = max(wait, min(beat, LONGEST_WAIT))
+    return Doubt(tuple(reasons), wait) if reasons else None
+
+
+async def beat_of(db: Executor, request: SweepRequest) -> tuple[timedelta | None, str]:
+    """How often runs beat, and how that is known. Reads only.
+
+    Between two beats a run's silence is as likely short as long, so twice the median silence of
+    runs that do beat is the interval; dead ones among them only make it longer.
+    """
+    declared = request.target.heartbeat_seconds
+    if declared is not None:
+        return timedelta(seconds=declared), "as heartbeat_seconds says"
+    table = await runs_table(db, request.target)
+    row = (await db.execute(_beating(table, request))).mappings().one()
+    if row["runs"] < LEAST_SAMPLE:
+        return None, f"only {row['runs']} runs beat just now"
+    return 2 * row["median"], f"estimated from {row['runs']} runs that beat"
+
+
+def _beating(table: RunsTable, request: SweepRequest) -> Select[Any]:
+    silence = func.statement_timestamp() - table.sign_of_life
+    threshold = threshold_of(table, request)
+    beating = (
+        select(silence.label("silence"))
+        .select_from(table.reads_from())
+        .where(table.in_flight)
+        .where(table.evidence != Evidence.AGE.value)
+        .where(silence.between(timedelta(0), threshold))
+        .subquery()
+    )
+    return select(
+        func.count().label("runs"),
+        func.percentile_cont(0.5).within_group(beating.c.silence).label("median"),
+    ).select_from(beating)
+
+
+def _server() -> Select[Any]:
+    standby = func.pg_is_in_recovery()
+    # The first eight digits of a segment's name are its timeline; a standby writes none.
+    segment = func.pg_walfile_name(func.pg_current_wal_lsn())
+    return select(
+        _NOW.label("seen_at"),
+        func.pg_postmaster_start_time(type_=_AWARE).label("server_started_at"),
+        standby.label("standby"),
+        case((~standby, func.left(segment, 8)), else_=None).label("timeline"),
+    )
+
+
+def _server_and_ledger(target: str) -> Select[Any]:
+    last = (
+        select(sweeps.c.opened_at, sweeps.c.timeline)
+        .where(sweeps.c.target == target, sweeps.c.timeline.is_not(None))
+        .order_by(sweeps.c.opened_at.desc())
+        .limit(1)
+        .subquery()
+    )
+    held = select(func.count()).where(holds.c.target == target, holds.c.ended_at.is_(None))
+    of_target = and_(
+        verdicts.c.target == target,
+        verdicts.c.outcome == Outcome.MARKED.value,
+        verdicts.c.judged_at > _NOW - literal(CONTESTS_WITHIN),
+    )
+    contested = (
+        select(func.count())
+        .select_from(contests.join(verdicts, _same_verdict()))
+        .where(of_target)
+        .scalar_subquery()
+    )
+    marked = select(func.count()).select_from(verdicts).where(of_target).scalar_subquery()
+    any_contest = select(contests.c.run_id).where(contests.c.target == target).exists()
+    return _server().add_columns(
+        select(last.c.opened_at).scalar_subquery().label("last_sweep_at"),
+        select(last.c.timeline).scalar_subquery().label("last_timeline"),
+        held.scalar_subquery().label("open_holds"),
+        case((any_contest, marked), else_=0).label("marked"),
+        case((any_contest, contested), else_=0).label("contested"),
+    )
+
+
+def _same_verdict() -> Any:
+    return and_(contests.c.sweep_id == verdicts.c.sweep_id, contests.c.run_id == verdicts.c.run_id)

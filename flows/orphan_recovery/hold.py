@@ -1,0 +1,230 @@
+"""Hold: stop before marking when too much of the fleet looks dead, and ask a person.
+
+The hazard is on both sides: a sweep that crashes a live fleet, and a safety valve that never opens
+again. So a hold is about the runs that it names and nothing else, says what it saw, is released
+by one person for a limited time, and is closed by the first sweep that sees the fleet recovered.
+Orphans outside of it are marked as ever.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from sqlalchemy import ColumnElement, Select, Text, cast, func, insert, literal, select, update
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+
+from orphan_recovery.database import Executor
+from orphan_recovery.detect import Silence, look_at_silence, orphans
+from orphan_recovery.doubt import Circumstances
+from orphan_recovery.ledger import approvals, hold_runs, holds
+from orphan_recovery.report import Held, iso
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import Target
+
+APPROVED_FOR: Final = timedelta(minutes=60)
+"""How long an approval holds, unless the person says otherwise."""
+
+_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a sweep may mark."""
+
+    held: Held | None
+    """What it may not; None if nothing is held."""
+    among: Callable[[RunsTable], ColumnElement[bool]] | None
+    """Which orphans may be marked; None for all."""
+
+
+async def decide(
+    db: Executor,
+    request: SweepRequest,
+    now: Circumstances,
+    silence: Silence,
+    reference: str | None = None,
+) -> Decision:
+    """Hold what looks like too much, close what has recovered. Does not commit.
+
+    Args:
+        db: a transaction of the caller's.
+        request: the sweep; it must be in the ledger.
+        now: what the sweep saw of the database.
+        silence: what it saw of the fleet, the second time if it looked twice.
+        reference: what the hold is known by elsewhere, such as a flow run's id.
+    """
+    target = request.target
+    if not silence.is_too_much(target):
+        if now.open_holds:
+            await _close_all(db, request)
+        return Decision(None, None)
+    rest = silence
+    if now.open_holds:
+        outside = ~_in_open_hold(await runs_table(db, target), target)
+        rest = await look_at_silence(db, request, outside)
+    opened = None
+    if rest.orphans and rest.is_too_much(target):
+        opened = await _open(db, request, now, rest, reference)
+    standing = await _standing(db, target)
+    if not standing:  # all that is held has been released
+        return Decision(None, None)
+    blocked = _blocked(await runs_table(db, target), target)
+    runs = (await look_at_silence(db, request, blocked)).orphans
+    hold_id, opened_at, evidence = standing[0]
+    held = Held(hold_id, opened_at, evidence, runs, is_new=opened is not None)
+    return Decision(held, lambda table: ~_blocked(table, target))
+
+
+async def approve(
+    db: Executor, hold: str, *, by: str, lasting: timedelta = APPROVED_FOR, note: str | None = None
+) -> tuple[UUID, datetime]:
+    """Release one hold: its runs may be marked until the approval expires. Does not commit.
+
+    Args:
+        db: a transaction of the caller's.
+        hold: the hold's id, or as much of its beginning as is unique among open holds.
+        by: the person.
+        lasting: how long the approval holds.
+        note: why, for the ledger.
+
+    Returns:
+        The hold's id, and when the approval expires.
+
+    Raises:
+        ConfigurationError: there is no such open hold, or several.
+    """
+    asked = hold.strip().lower()
+    open_holds = select(holds.c.hold_id).where(
+        holds.c.ended_at.is_(None), func.starts_with(cast(holds.c.hold_id, Text), asked)
+    )
+    found = list((await db.execute(open_holds)).scalars())
+    if len(found) != 1 or not asked:
+        every = select(cast(holds.c.hold_id, Text)).where(holds.c.ended_at.is_(None))
+        there = ", ".join((await db.execute(every)).scalars()) or "none"
+        raise ConfigurationError(
+            f"{'no' if not found else 'more than one'} open hold begins with {hold!r}; open are: "
+            f"{there}. One that is closed needs no approval: its fleet has recovered"
+        )
+    released = (
+        insert(approvals)
+        .values(
+            hold_id=found[0],
+            approved_at=_NOW,
+            expires_at=_NOW + literal(lasting),
+            approved_by=by,
+            note=note,
+        )
+        .returning(approvals.c.expires_at)
+    )
+    return found[0], (await db.execute(released)).scalar_one()
+
+
+async def open_hold_of(db: Executor, reference: str | None) -> UUID | None:
+    """The open hold that is known elsewhere by ``reference``; None if there is none. Reads only."""
+    statement = select(holds.c.hold_id).where(
+        holds.c.reference == reference, holds.c.ended_at.is_(None)
+    )
+    return (await db.execute(statement)).scalar_one_or_none()
+
+
+async def _open(
+    db: Executor,
+    request: SweepRequest,
+    now: Circumstances,
+    silence: Silence,
+    reference: str | None,
+) -> UUID:
+    """Record a hold on every orphan that no open hold is about."""
+    hold_id = uuid4()
+    evidence = {
+        "silent_workers": silence.silent_workers,
+        "workers": silence.workers,
+        "orphans": silence.orphans,
+        "some_silent_workers": silence.some,
+        "silent_since": silence.last and iso(silence.last),
+        "first_silent_since": silence.first and iso(silence.first),
+        "server_started_at": iso(now.server_started_at),
+        "last_sweep_at": now.last_sweep_at and iso(now.last_sweep_at),
+        "failed_over": now.last_timeline not in (None, now.timeline),
+        "threshold_minutes": request.minutes,
+        "hold_share": request.target.hold_share,
+    }
+    await db.execute(
+        insert(holds).values(
+            hold_id=hold_id,
+            target=request.target.name,
+            sweep_id=request.sweep_id,
+            reference=reference,
+            opened_at=_NOW,
+            evidence=evidence,
+        )
+    )
+    table = await runs_table(db, request.target)
+    found = orphans(table, request).where(~_in_open_hold(table, request.target)).subquery()
+    await db.execute(
+        insert(hold_runs).from_select(
+            ["hold_id", "run_id"], select(literal(hold_id, hold_runs.c.hold_id.type), found.c.id)
+        )
+    )
+    return hold_id
+
+
+async def _close_all(db: Executor, request: SweepRequest) -> None:
+    """The fleet has recovered: close every open hold of the target."""
+    was_released = (
+        select(approvals.c.hold_id).where(approvals.c.hold_id == holds.c.hold_id).exists()
+    )
+    await db.execute(
+        update(holds)
+        .where(holds.c.target == request.target.name, holds.c.ended_at.is_(None))
+        .values(
+            ended_at=_NOW,
+            ended_as=func.coalesce(
+                select(literal("released")).where(was_released).scalar_subquery(), "recovered"
+            ),
+            ended_by=request.sweep_id,
+        )
+    )
+
+
+async def _standing(db: Executor, target: Target) -> list[tuple[UUID, datetime, dict[str, Any]]]:
+    """The open holds that no valid approval releases, the latest first."""
+    statement = (
+        select(holds.c.hold_id, holds.c.opened_at, holds.c.evidence)
+        .where(holds.c.target == target.name, holds.c.ended_at.is_(None), ~_released())
+        .order_by(holds.c.opened_at.desc())
+    )
+    return [(row[0], row[1], row[2]) for row in await db.execute(statement)]
+
+
+def _released() -> ColumnElement[bool]:
+    return (
+        select(approvals.c.hold_id)
+        .where(approvals.c.hold_id == holds.c.hold_id, approvals.c.expires_at > _NOW)
+        .exists()
+    )
+
+
+def _open_runs(table: RunsTable, target: Target) -> Select[Any]:
+    return (
+        select(hold_runs.c.run_id)
+        .select_from(hold_runs.join(holds, holds.c.hold_id == hold_runs.c.hold_id))
+        .where(
+            holds.c.target == target.name,
+            holds.c.ended_at.is_(None),
+            hold_runs.c.run_id == table.run_id,
+        )
+    )
+
+
+def _in_open_hold(table: RunsTable, target: Target) -> ColumnElement[bool]:
+    return _open_runs(table, target).correlate(table.table).exists()
+
+
+def _blocked(table: RunsTable, target: Target) -> ColumnElement[bool]:
+    """Whether a run is in an open hold that nobody has released."""
+    return _open_runs(table, target).where(~_released()).correlate(table.table).exists()

@@ -1,0 +1,189 @@
+"""Sweep: what the flow and the start-up path do alike: look, doubt, decide, close.
+
+The hazard is that one of the two believes what the other would not; so neither has a rule of its
+own for when to mark.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement
+
+from orphan_recovery import RECOVERY_ENABLED
+from orphan_recovery.database import Executor
+from orphan_recovery.detect import Fleet, Silence, look_at_fleet, look_at_silence
+from orphan_recovery.doubt import (
+    Circumstances,
+    Doubt,
+    beat_of,
+    doubts,
+    look_at_circumstances,
+)
+from orphan_recovery.hold import Decision, decide
+from orphan_recovery.ledger import close_sweep, open_sweep, require_ledger
+from orphan_recovery.log import logger
+from orphan_recovery.mark import settle
+from orphan_recovery.report import SweepReport
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.run import Evidence, WorkerRun
+from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.settings import ENABLED_VARIABLE, load_settings
+from orphan_recovery.verdict import Verdict
+
+
+def is_enabled() -> bool:
+    """Whether recovery may run. Off, now or when the process started, is off."""
+    return RECOVERY_ENABLED and load_settings().recovery_enabled
+
+
+def whoami(what: str) -> str:
+    """``what``, and which process on which host asked, for the ledger."""
+    return f"{what} on {socket.gethostname()}, process {os.getpid()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a sweep sees before it judges."""
+
+    now: Circumstances
+    fleet: Fleet
+    silence: Silence | None
+    """None where nothing is silent."""
+    doubt: Doubt | None
+    """Why it is not to be believed yet."""
+
+
+async def begin(db: Executor, request: SweepRequest) -> Look:
+    """Look at the whole fleet and open the sweep in the ledger. Does not commit.
+
+    A dry run opens nothing. Warns of runs in flight that silence cannot judge.
+
+    Raises:
+        ConfigurationError: the table or the ledger is not there, or the database is a standby.
+    """
+    await runs_table(db, request.target)  # a description that does not fit is the first to tell
+    if not request.dry_run:
+        await require_ledger(db)
+    now = await look_at_circumstances(db, request)
+    look = await look_at(db, request, now)
+    fleet = look.fleet
+    if fleet.undatable:
+        logger.warning("runs_without_sign_of_life", extra={"count": fleet.undatable})
+    if fleet.ahead:
+        logger.warning(
+            "runs_ahead_of_database_clock",
+            extra={"count": fleet.ahead, "worker_ids": fleet.ahead_workers},
+        )
+    if not request.dry_run:
+        await open_sweep(db, request, fleet, now.timeline)
+    return look
+
+
+async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Look:
+    """Look at the fleet, and whether what is silent there is to be believed. Reads only."""
+    fleet = await look_at_fleet(db, request)
+    if not fleet.orphans:
+        return Look(now, fleet, None, None)
+    silence, beat = await look_at_silence(db, request), None
+    if fleet.beating and request.target.lock is None:
+        beat, _ = await beat_of(db, request)
+    doubt = doubts(now, fleet, silence, request, beat or request.target.beat)
+    return Look(now, fleet, silence, doubt)
+
+
+def log_doubt(request: SweepRequest, doubt: Doubt) -> None:
+    """Emit the event of a sweep that looks twice."""
+    fields = {"sweep_id": str(request.sweep_id), "target": request.target.name}
+    seconds = doubt.wait.total_seconds()
+    logger.warning(
+        "sweep_looks_twice", extra={**fields, "reasons": str(doubt), "wait_seconds": seconds}
+    )
+
+
+async def decide_on(
+    db: Executor, report: SweepReport, look: Look, reference: str | None = None
+) -> Decision:
+    """What may be marked, after the last look. Does not commit; a dry run decides nothing."""
+    request = report.request
+    if request.dry_run or (look.silence is None and not look.now.open_holds):
+        return Decision(None, None)
+    if report.postponed:
+        return Decision(None, _shows_only_age)
+    silence = look.silence or await look_at_silence(db, request)
+    decision = await decide(db, request, look.now, silence, reference)
+    if decision.held is not None:
+        fields = {"target": request.target.name, "hold_id": str(decision.held.hold_id)}
+        fields |= {"runs": str(decision.held.runs), "is_new": str(decision.held.is_new)}
+        logger.error("orphan_recovery_held", extra={**fields, "evidence": decision.held.evidence})
+    return decision
+
+
+async def finish(db: Executor, report: SweepReport, failed: list[Verdict]) -> list[Verdict]:
+    """Record what failed and close the sweep. Does not commit. A dry run has nothing to close.
+
+    Returns:
+        The failures as they now stand: a lost acknowledgement may turn out to have been a mark.
+    """
+    request = report.request
+    if request.dry_run:
+        return []
+    settled = await settle(db, request, failed)
+    await close_sweep(
+        db,
+        request,
+        detected=report.detected,
+        error=report.error,
+        looked_twice=report.looked_twice or report.postponed,
+        hold=report.held.hold_id if report.held else None,
+    )
+    return settled
+
+
+def _shows_only_age(table: RunsTable) -> ColumnElement[bool]:
+    return table.evidence == Evidence.AGE.value
+
+
+def log_start(request: SweepRequest) -> None:
+    """Emit the event of a sweep that begins."""
+    fields = {
+        "sweep_id": str(request.sweep_id),
+        "target": request.target.name,
+        "threshold_minutes": request.minutes,
+        "dry_run": request.dry_run,
+        "scope": request.scope,
+    }
+    logger.info("orphan_recovery_starting", extra=fields)
+
+
+def log_detected(runs: list[WorkerRun]) -> None:
+    """Emit the event of orphans found, with their ids."""
+    fields = {"count": len(runs), "run_ids": [run.id for run in runs]}
+    logger.info("orphaned_runs_detected", extra=fields)
+
+
+def log_end(report: SweepReport) -> None:
+    """Emit the events of a sweep that ended, or did not begin."""
+    if not report.enabled:
+        logger.warning("orphan_recovery_disabled", extra={"switched_off_by": ENABLED_VARIABLE})
+        return
+    told = report.as_dict()
+    names = (
+        "target",
+        "sweep_id",
+        "dry_run",
+        "detected",
+        "recovered",
+        "skipped",
+        "failed",
+        "undatable",
+    )
+    fields = {name: told[name] for name in (*names, "ahead")}
+    if report.error:
+        logger.error("orphan_recovery_failed", extra={**fields, "error": report.error})
+        return
+    if not report.detected and not report.held:
+        asked = report.request
+        about = {"target": asked.target.name, "threshold_minutes": asked.minutes}
+        logger.info("no_orphaned_runs_found", extra=about)
+    logger.info("orphan_recovery_complete", extra=fields)
