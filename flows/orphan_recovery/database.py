@@ -144,6 +144,9 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
                 select(
                     func.set_config("lock_timeout", str(LOCK_TIMEOUT_MS), True),
                     func.set_config("statement_timeout", str(STATEMENT_TIMEOUT_MS), True),
+                    # The driver reads times and spans in these styles only.
+                    func.set_config("datestyle", "ISO", True),
+                    func.set_config("intervalstyle", "postgres", True),
                 )
             )
             yield connection

@@ -5,6 +5,7 @@ one is composed by psycopg as an identifier or a literal, quoted as the server w
 is ever pasted. What is there already is left alone.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
@@ -52,7 +53,7 @@ def undoing(connection: Connection, runs: RunsTable) -> list[Change]:
     """The way back: drop what :func:`changes` may have made. Reads the catalogue only."""
     undone = []
     for name in _index_names(runs):
-        if _index_state(connection, runs.relation.schema, name) is not None:
+        if _index_of(connection, runs.relation.oid, name, None) is not None:
             drop = _sql("DROP INDEX {}", _qualified(runs.relation.schema, name))
             undone.append(Change(f"drop index {name}", (drop,)))
     if _trigger_argument(connection, runs.relation) is not None:
@@ -63,8 +64,8 @@ def undoing(connection: Connection, runs: RunsTable) -> list[Change]:
 
 def create_index(connection: Connection, runs: RunsTable) -> str:
     """The statements that make the index which serves detection, for a person to read."""
-    name, definition = next(iter(_index_names(runs).items()))
-    build = _build(connection, runs.relation, name, definition)
+    definition = next(iter(_index_names(runs).values()))
+    build = _build(connection, runs.relation, "in_flight", definition)
     return "; ".join(statement.as_string(None) for statement in build)
 
 
@@ -223,59 +224,96 @@ def _indexes(connection: Connection, runs: RunsTable) -> list[Change]:
     served = {"in_flight": "detection", "crashed": "the summary's newest ten"}
     made = []
     for name, definition in _index_names(runs).items():
-        why = next(what for end, what in served.items() if name.endswith(end))
-        build = _build(connection, runs.relation, name, definition)
+        end, why = next((end, what) for end, what in served.items() if name.endswith(end))
+        build = _build(connection, runs.relation, end, definition)
         made.append(Change(f"an index that serves {why}: {name}", tuple(build), alone=True))
     return made
 
 
 def _build(
-    connection: Connection, relation: Relation, name: str, definition: sql.Composed
+    connection: Connection, relation: Relation, what: str, definition: sql.Composed
 ) -> list[sql.Composed]:
-    """An index, built without keeping anyone from writing; of a partitioned table, part by part."""
+    """An index, built without keeping anyone from writing; of a partitioned table, part by part.
+
+    Goes on where an earlier migration was cut off; a part that came since has the server's own.
+    """
     tree = text(
-        "SELECT n.nspname AS schema, c.relname AS name, p.isleaf, p.level, pn.nspname AS up_schema,"
-        " pc.relname AS up_name FROM pg_partition_tree(:oid) p"
-        " JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " LEFT JOIN pg_class pc ON pc.oid = p.parentrelid"
-        " LEFT JOIN pg_namespace pn ON pn.oid = pc.relnamespace ORDER BY p.level, c.relname"
+        "SELECT n.nspname AS schema, c.relname AS name, c.oid, p.isleaf, p.parentrelid::oid AS up"
+        " FROM pg_partition_tree(:oid) p JOIN pg_class c ON c.oid = p.relid"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind <> 'f'"
+        " ORDER BY p.level, c.relname"
     )
-    parts = list(connection.execute(tree, {"oid": relation.oid}).mappings())
-    if relation.kind != "p":
-        parts = [{"schema": relation.schema, "name": relation.name, "isleaf": True, "level": 0}]  # type: ignore[list-item]
-    ends = name.removeprefix(relation.name)
+    whole = {"schema": relation.schema, "name": relation.name, "oid": relation.oid}
+    parts: list[dict[str, Any]] = [{**whole, "isleaf": True, "up": None}]
+    if relation.kind == "p":
+        parts = [dict(row) for row in connection.execute(tree, {"oid": relation.oid}).mappings()]
     build: list[sql.Composed] = []
     attach: list[sql.Composed] = []
+    index: dict[int, _Index] = {}  # by the table's oid
+    name = _fitted(relation.name, f"_{what}")
+    note = f"orphan-recovery {hashlib.sha256(definition.as_string(None).encode()).hexdigest()[:16]}"
+    whole_index = _index_of(connection, relation.oid, name, None)
+    follows = whole_index is None or whole_index.note in (None, note)  # none: made by hand
+    if not follows:
+        how = "" if relation.kind == "p" else "CONCURRENTLY "
+        build.append(_sql(f"DROP INDEX {how}{{}}", _qualified(relation.schema, name)))
     for part in parts:
-        own = name if part["level"] == 0 else _fitted(part["name"], ends)
-        table = sql.Identifier(part["schema"], part["name"])
-        state = _index_state(connection, part["schema"], own)
-        if state is False and part["isleaf"]:  # an interrupted build
+        up = None if part["oid"] == relation.oid else index[part["up"]]
+        own = _fitted(part["name"], f"_{what}")
+        there = _index_of(connection, part["oid"], own, None if up is None else up.oid)
+        if not follows:
+            there = None
+        if there is not None and there.is_attached:
+            index[part["oid"]] = there
+            continue
+        if there is not None and not there.is_valid and part["isleaf"]:  # an interrupted build
             build.append(_sql("DROP INDEX CONCURRENTLY {}", _qualified(part["schema"], own)))
-        if state is None or (state is False and part["isleaf"]):
+            there = None
+        if there is None:
             how = "CONCURRENTLY {} ON {} {}" if part["isleaf"] else "{} ON ONLY {} {}"
+            table = sql.Identifier(part["schema"], part["name"])
             build.append(_sql(f"CREATE INDEX {how}", sql.Identifier(own), table, definition))
-            if part["level"]:
-                up = name if part["level"] == 1 else _fitted(part["up_name"], ends)
-                attach.append(
-                    _sql(
-                        "ALTER INDEX {} ATTACH PARTITION {}",
-                        _qualified(part["up_schema"], up),
-                        _qualified(part["schema"], own),
-                    )
+        if up is not None:
+            attach.append(
+                _sql(
+                    "ALTER INDEX {} ATTACH PARTITION {}",
+                    _qualified(up.schema, up.name),
+                    _qualified(part["schema"], own),
                 )
-    return build + attach[::-1]
+            )
+        index[part["oid"]] = there or _Index(None, part["schema"], own, False, False, None)
+    noted: list[sql.Composed] = []
+    if whole_index is None or not follows:
+        comment = _sql("COMMENT ON INDEX {} IS {}", _qualified(relation.schema, name), note)
+        noted.append(comment)
+    return build + attach[::-1] + noted
 
 
-def _index_state(connection: Connection, schema: str, name: str) -> bool | None:
-    """Whether the index of that name is valid; None if there is none."""
+@dataclass(frozen=True, slots=True)
+class _Index:
+    oid: int | None
+    schema: str
+    name: str
+    is_valid: bool
+    is_attached: bool
+    note: str | None
+    """What it was made for."""
+
+
+def _index_of(connection: Connection, table: int, name: str, up: int | None) -> _Index | None:
+    """The index of ``table`` that is a part of the index ``up``, else that of our name."""
     statement = text(
-        "SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
-        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = :schema"
-        " AND c.relname = :name"
+        "SELECT c.oid, n.nspname AS schema, c.relname AS name, i.indisvalid AS is_valid,"
+        " h.inhparent IS NOT NULL AS is_attached, obj_description(c.oid, 'pg_class') AS note"
+        " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " LEFT JOIN pg_inherits h ON h.inhrelid = c.oid AND h.inhparent = CAST(:up AS oid)"
+        " WHERE i.indrelid = :table AND (c.relname = :name OR h.inhparent IS NOT NULL)"
+        " ORDER BY is_attached DESC LIMIT 1"
     )
-    valid: bool | None = connection.scalar(statement, {"schema": schema, "name": name})
-    return valid
+    asked = {"table": table, "name": name, "up": up}
+    found = connection.execute(statement, asked).mappings().one_or_none()
+    return None if found is None else _Index(**found)
 
 
 def _index_name(runs: RunsTable, what: str) -> str:
@@ -283,7 +321,10 @@ def _index_name(runs: RunsTable, what: str) -> str:
 
 
 def _fitted(name: str, ending: str) -> str:
-    """``name`` and ``ending`` within the 63 bytes that an identifier may have."""
+    """``name`` and ``ending`` within the 63 bytes that an identifier may have, and unmistakable."""
+    if len(f"{name}{ending}".encode()) <= 63:
+        return name + ending
+    ending = f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}{ending}"
     room = 63 - len(ending.encode())
     return name.encode()[:room].decode(errors="ignore") + ending
 

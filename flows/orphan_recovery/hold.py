@@ -12,7 +12,18 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, Select, Text, cast, func, insert, literal, select, update
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Select,
+    Text,
+    cast,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.database import Executor
@@ -201,22 +212,27 @@ async def _standing(db: Executor, target: Target) -> list[tuple[UUID, datetime, 
     return [(row[0], row[1], row[2]) for row in await db.execute(statement)]
 
 
-def _released() -> ColumnElement[bool]:
+def _released(of: FromClause = holds) -> ColumnElement[bool]:
     return (
         select(approvals.c.hold_id)
-        .where(approvals.c.hold_id == holds.c.hold_id, approvals.c.expires_at > _NOW)
+        .where(approvals.c.hold_id == of.c.hold_id, approvals.c.expires_at > _NOW)
         .exists()
     )
 
 
+# By names of ours: the runs table may be called as the ledger's are, in another schema.
+_HOLDS: Final = holds.alias("orphan_recovery_holds")
+_HOLD_RUNS: Final = hold_runs.alias("orphan_recovery_hold_runs")
+
+
 def _open_runs(table: RunsTable, target: Target) -> Select[Any]:
     return (
-        select(hold_runs.c.run_id)
-        .select_from(hold_runs.join(holds, holds.c.hold_id == hold_runs.c.hold_id))
+        select(_HOLD_RUNS.c.run_id)
+        .select_from(_HOLD_RUNS.join(_HOLDS, _HOLDS.c.hold_id == _HOLD_RUNS.c.hold_id))
         .where(
-            holds.c.target == target.name,
-            holds.c.ended_at.is_(None),
-            hold_runs.c.run_id == table.run_id,
+            _HOLDS.c.target == target.name,
+            _HOLDS.c.ended_at.is_(None),
+            _HOLD_RUNS.c.run_id == table.run_id,
         )
     )
 
@@ -227,4 +243,4 @@ def _in_open_hold(table: RunsTable, target: Target) -> ColumnElement[bool]:
 
 def _blocked(table: RunsTable, target: Target) -> ColumnElement[bool]:
     """Whether a run is in an open hold that nobody has released."""
-    return _open_runs(table, target).where(~_released()).correlate(table.table).exists()
+    return _open_runs(table, target).where(~_released(_HOLDS)).correlate(table.table).exists()

@@ -41,6 +41,7 @@ from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target, find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
@@ -124,18 +125,24 @@ async def mark(
     """
     table = await runs_table(db, request.target)
     if table.elsewhere:
-        await db.execute(_lock(table, request, runs, skip_locked))
+        locked = await db.execute(_lock(table, request, runs, skip_locked))
+        levels = {row.isolation for row in locked} - {"read committed"}
+        if levels:
+            raise ConfigurationError(
+                f"this transaction is {levels.pop()}, which hides the signs of life that target "
+                f"{request.target.name!r} keeps in another table since it began: mark in one that "
+                "is read committed"
+            )
     statement = _mark(table, request, runs, skip_locked)
+    seen = {run.id: run for run in runs}
     marked = {
         row["run_id"]: Verdict(
-            run=run,
+            run=seen[row["run_id"]],
             outcome=Outcome.MARKED,
             judged_at=row["judged_at"],
             silence=row["silence"],
         )
         for row in (await db.execute(statement)).mappings()
-        for run in runs
-        if run.id == row["run_id"]
     }
     left = [run for run in runs if run.id not in marked]
     named = await _name_misses(db, table, request, left) if left else {}
@@ -188,7 +195,7 @@ def _lock(
     """
     seen = _as_seen(request, runs)
     return (
-        select(*table.key)
+        select(*table.key, func.current_setting("transaction_isolation").label("isolation"))
         .select_from(table.table.join(seen, table.is_row(seen.c.run_id)))
         .order_by(*table.key)
         .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
@@ -211,18 +218,19 @@ def _mark(
         .where(*guards(table, request, seen, sweep_id).values())
         .order_by(*table.key)  # two sweeps lock in the same order: no deadlock
         .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
-        .cte("locked")
+        .cte("orphan_recovery_locked")
     )
     marked = (
         update(table.table)
         .where(*(column == locked.c[f"key_{n}"] for n, column in enumerate(table.key)))
+        .where(table.text("status") == locked.c.status)  # in parts by status, unique with it only
         .where(*_unheld(table, locked))
         .values(_crash(table, locked, sweep_id))
         .returning(
             # As it was before: the mark may have released its worker.
             *(locked.c[name] for name in ("run_id", "reason", *_EVIDENCE, *_WHOSE))
         )
-        .cte("marked")
+        .cte("orphan_recovery_marked")
     )
     recorded = {
         "sweep_id": literal(sweep_id, verdicts.c.sweep_id.type),
@@ -317,7 +325,7 @@ def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> TableValuedAli
     }
     arrays = [literal(values, ARRAY(kind)) for kind, values in columns.values()]
     names = [column(name, kind) for name, (kind, _) in columns.items()]
-    return func.unnest(*arrays).table_valued(*names, name="seen").render_derived()
+    return func.unnest(*arrays).table_valued(*names, name="orphan_recovery_seen").render_derived()
 
 
 def _error_text(seen: CTE, sweep_id: UUID) -> ColumnElement[str]:
@@ -343,7 +351,7 @@ async def _name_misses(
 ) -> dict[str, Verdict | None]:
     """Say why each of ``runs`` was left alone, from the row and the ledger as they stand now."""
     seen, sweep_id = _as_seen(request, runs), _sweep_of(runs)
-    own, other = verdicts.alias("own"), verdicts.alias("other")
+    own, other = (verdicts.alias(f"orphan_recovery_{name}") for name in ("own", "other"))
     marked_by_another = (
         select(other.c.run_id)
         .where(

@@ -177,12 +177,14 @@ def _execute(connection: Connection, made: list[Change]) -> None:
         driver = connection.connection.driver_connection
         assert isinstance(driver, psycopg.Connection)  # noqa: S101 - the only driver there is
         driver.autocommit = change.alone
-        if change.alone:
-            # A concurrent build waits for the transactions that are open when it starts. It holds
-            # nobody up meanwhile, so it may wait longer than a lock.
-            driver.execute(f"SET lock_timeout = '{WAIT_SECONDS}s'")
         try:
             for statement in change.statements:
+                # A concurrent build waits for the transactions that are open when it starts. It
+                # holds nobody up meanwhile, so it may wait longer than for a lock.
+                concurrent = ("CREATE INDEX CONCURRENTLY ", "DROP INDEX CONCURRENTLY ")
+                patient = statement.as_string(None).startswith(concurrent)
+                wait = WAIT_SECONDS * 1_000 if patient else LOCK_TIMEOUT_MS
+                driver.execute(f"SET lock_timeout = {wait}")
                 driver.execute(statement)
             if not change.alone:
                 driver.commit()

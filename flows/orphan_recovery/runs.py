@@ -151,9 +151,20 @@ class RunsTable:
         if (
             self.facts[role].category == "D"
         ):  # a time's text depends on DateStyle, its JSON does not
-            whole: ColumnElement[Any] = literal_column("'{}'::text[]")
-            return func.to_jsonb(self.table.c[role]).op("#>>", return_type=Text())(whole)
+            stored: ColumnElement[Any] = self.table.c[role]
+            if self.facts[role].kind != "timestamptz":
+                return _json_text(func.to_jsonb(stored))
+            # In UTC, so that a run has one id whatever the session's TimeZone.
+            utc = _json_text(func.to_jsonb(func.timezone("UTC", stored)))
+            return utc + case((func.isfinite(stored), "+00:00"), else_="")
         return cast(self.table.c[role], Text)
+
+    @property
+    def error_text(self) -> ColumnElement[str]:
+        """What the error column says; a JSON text without its quotes."""
+        if self.has("error") and self.facts["error"].kind in ("json", "jsonb"):
+            return _json_text(self.table.c.error)
+        return self.text("error")
 
     def plain(self, role: str) -> ColumnElement[Any]:
         """A column as it is; NULL where there is none."""
@@ -275,6 +286,11 @@ class RunsTable:
         for special in "\\%_":
             like = like.replace(special, f"\\{special}")
         return self.text(role).like(like.replace("*", "%").replace("?", "_"), escape="\\")
+
+
+def _json_text(value: ColumnElement[Any]) -> ColumnElement[str]:
+    whole: ColumnElement[Any] = literal_column("'{}'::text[]")
+    return value.op("#>>", return_type=Text())(whole)
 
 
 def _key_role(number: int) -> str:
@@ -454,8 +470,12 @@ def _elsewhere(
     alike = ours.kind == theirs.kind or {ours.category, theirs.category} in ({"N"}, {"S"})
     if not alike:
         our_key, their_key = cast(our_key, Text), cast(their_key, Text)
-    latest = func.max(_utc(times.c.last_seen, last_seen), type_=_AWARE).label("seen_at")
-    of_run = select(latest).where(their_key == our_key).correlate(table).lateral(key)
+    # By a name of ours: theirs may be that of the runs, in another schema.
+    rows = times.alias("orphan_recovery_kept")
+    whose: ColumnElement[Any] = rows.c.key if alike else cast(rows.c.key, Text)
+    latest = func.max(_utc(rows.c.last_seen, last_seen), type_=_AWARE).label("seen_at")
+    heard = select(latest).where(whose == our_key).correlate(table)
+    of_run = heard.lateral(f"orphan_recovery_{key}")
     return Kept(times, our_key, their_key, last_seen, of_run)
 
 
@@ -505,7 +525,9 @@ def _check_roles(
     connection: Connection, target: Target, relation: Relation, facts: dict[str, ColumnFacts]
 ) -> None:
     keys = set(target.columns.id)
-    if not any(unique <= keys for unique in relation.unique):
+    # In parts by status a key has to have the status in it; the mark pins that itself.
+    pinned = {facts["status"].name} if relation.kind == "p" else set()
+    if not any(unique - pinned and unique - pinned <= keys for unique in relation.unique):
         have = " or ".join(str(sorted(unique)) for unique in relation.unique) or "none"
         raise ConfigurationError(
             f"{where(target, 'columns', 'id')} is {sorted(keys)}, which no unique index of "

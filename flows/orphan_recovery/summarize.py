@@ -54,6 +54,8 @@ async def crash_summary(db: Executor, target: Target) -> dict[str, Any]:
     table = await runs_table(db, target)
     own = target.crash_is_its_own_status
     total, newest = _by_status(table) if own else _by_ledger(table)
+    if not table.has("completed_at"):  # the rows do not say which are the newest
+        _, newest = _by_ledger(table)
     count = await db.execute(total)
     recent = (await db.execute(newest)).mappings()
     return {
@@ -109,7 +111,7 @@ def _by_status(table: RunsTable) -> tuple[Select[Any], Select[Any]]:
             *(table.text(role).label(role) for role in ("worker_id", "tenant_id")),
             table.utc("created_at").label("created_at"),
             table.utc("completed_at").label("crashed_at"),
-            table.text("error").label("error"),
+            table.error_text.label("error"),
         )
         .where(table.is_crashed)
         # Served by the partial index of what is crashed.
@@ -133,7 +135,7 @@ def _by_ledger(table: RunsTable) -> tuple[Select[Any], Select[Any]]:
             last.c.tenant_id,
             table.utc("created_at").label("created_at"),
             last.c.judged_at.label("crashed_at"),
-            func.coalesce(table.text("error"), last.c.reason).label("error"),
+            func.coalesce(table.error_text, last.c.reason).label("error"),
         )
         .select_from(last.join(table.table, table.is_row(last.c.run_id), isouter=True))
         .order_by(last.c.judged_at.desc(), last.c.run_id)

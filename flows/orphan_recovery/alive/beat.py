@@ -99,7 +99,7 @@ def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[An
         .where(*guards(table, seen.c.worker_id).values())
         .order_by(*table.key)
         .with_for_update(of=table.table, key_share=True, skip_locked=True)
-        .cte("held")
+        .cte("orphan_recovery_held")
     )
     if kept is None:
         beaten = (
@@ -107,7 +107,7 @@ def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[An
             .where(*(own == held.c[f"key_{n}"] for n, own in enumerate(table.key)))
             .values({table.columns.heartbeat_at: table.stored("heartbeat_at", _NOW)})
             .returning(held.c.run_id, held.c.threshold)
-            .cte("beaten")
+            .cte("orphan_recovery_beaten")
         )
         return select(beaten.c.run_id, beaten.c.threshold)
     workers = (  # only workers beat: one write for each that holds any of the runs
@@ -115,7 +115,7 @@ def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[An
         .where(kept.their_key.in_(select(held.c.worker)))
         .values({kept.table.c.last_seen: stored(_NOW, kept.last_seen)})
         .returning(kept.their_key.label("worker"))
-        .cte("workers")
+        .cte("orphan_recovery_workers")
     )
     return select(held.c.run_id, held.c.threshold).where(
         held.c.worker.in_(select(workers.c.worker))
@@ -177,4 +177,6 @@ def _as_held(runs: Sequence[tuple[str, str | None]]) -> TableValuedAlias:
     ids = literal([run_id for run_id, _ in runs], ARRAY(Text()))
     workers = literal([worker_id for _, worker_id in runs], ARRAY(Text()))
     names = (column("run_id", Text()), column("worker_id", Text()))
-    return func.unnest(ids, workers).table_valued(*names, name="seen").render_derived()
+    return (
+        func.unnest(ids, workers).table_valued(*names, name="orphan_recovery_seen").render_derived()
+    )
