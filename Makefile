@@ -1,5 +1,6 @@
 # make demo      see it work, on real processes and a real database
 # make demo UI=1 the same, and leave Prefect's UI and fresh orphans up to click on
+# make bench     what proof of life costs, and how soon a death is known
 # make test      lint, types and the whole suite, against a real Postgres
 #
 # The suite and the demo start a Postgres of their own; TEST_DATABASE_URL names another for the suite.
@@ -11,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup constraints clean
+.PHONY: demo test bench lint setup constraints clean
 
 demo: setup
 	$(BIN)/orphan-recovery demo $(if $(UI),--ui)
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python benchmarks/signs_of_life.py
 
 lint: setup
 	$(BIN)/ruff check
