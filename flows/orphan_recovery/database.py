@@ -123,6 +123,11 @@ def make_engine(url: URL) -> AsyncEngine:
         connect_args={
             "application_name": "orphan-recovery",
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            # A connection whose other end is gone is told within about half a minute.
+            "keepalives_idle": 15,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
             # Never a generic plan: only a plan for the values at hand can use the partial
             # index. It also keeps transaction poolers such as PgBouncer happy.
             "prepare_threshold": None,

@@ -15,6 +15,7 @@ from sqlalchemy import (
     RowMapping,
     Select,
     Text,
+    and_,
     column,
     func,
     literal,
@@ -41,9 +42,9 @@ _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 class Beaten:
     """What one beat proved."""
 
-    thresholds: dict[str, timedelta | None]
-    """The runs that are still this worker's, with their thresholds; None: never an orphan."""
-    lost: dict[str, RunLost]
+    thresholds: dict[tuple[str, str | None], timedelta | None]
+    """The runs that are still their worker's, with their thresholds; None: never an orphan."""
+    lost: dict[tuple[str, str | None], RunLost]
 
 
 def require_beat(table: RunsTable) -> None:
@@ -73,14 +74,14 @@ async def beat(
         What is still this worker's and what is lost. A row that somebody holds is in neither.
     """
     rows = (await db.execute(_beat(table, runs))).mappings()
-    thresholds = {row["run_id"]: row["threshold"] for row in rows}
-    left = [run for run in runs if run[0] not in thresholds]
-    lost: dict[str, RunLost] = {}
+    thresholds = {(row["run_id"], row["held_by"]): row["threshold"] for row in rows}
+    left = [run for run in runs if run not in thresholds]
+    lost: dict[tuple[str, str | None], RunLost] = {}
     if left:
         for row in (await db.execute(look(table, left))).mappings():
             by = lost_by(table.target, row)
             if by is not None:
-                lost[row["run_id"]] = RunLost(row["run_id"], by, found(row))
+                lost[row["run_id"], row["held_by"]] = RunLost(row["run_id"], by, found(row))
     return Beaten(thresholds, lost)
 
 
@@ -92,6 +93,7 @@ def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[An
         select(
             *(own.label(f"key_{n}") for n, own in enumerate(table.key)),
             seen.c.run_id,
+            seen.c.worker_id.label("held_by"),
             threshold.label("threshold"),
             *([] if kept is None else [kept.our_key.label("worker")]),
         )
@@ -106,10 +108,11 @@ def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[An
             update(table.table)
             .where(*(own == held.c[f"key_{n}"] for n, own in enumerate(table.key)))
             .values({table.columns.heartbeat_at: table.stored("heartbeat_at", _NOW)})
-            .returning(held.c.run_id, held.c.threshold)
+            .returning(*(own.label(f"key_{n}") for n, own in enumerate(table.key)))
             .cte("orphan_recovery_beaten")
         )
-        return select(beaten.c.run_id, beaten.c.threshold)
+        same = and_(*(held.c[f"key_{n}"] == beaten.c[f"key_{n}"] for n, _ in enumerate(table.key)))
+        return select(held.c.run_id, held.c.held_by, held.c.threshold).join_from(held, beaten, same)
     workers = (  # only workers beat: one write for each that holds any of the runs
         update(kept.table)
         .where(kept.their_key.in_(select(held.c.worker)))
@@ -117,7 +120,7 @@ def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[An
         .returning(kept.their_key.label("worker"))
         .cte("orphan_recovery_workers")
     )
-    return select(held.c.run_id, held.c.threshold).where(
+    return select(held.c.run_id, held.c.held_by, held.c.threshold).where(
         held.c.worker.in_(select(workers.c.worker))
     )
 
@@ -128,6 +131,8 @@ def look(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[Any
     return (
         select(
             seen.c.run_id,
+            seen.c.worker_id.label("held_by"),
+            table.run_id.label("key"),
             table.key[0].is_(None).label("vanished"),
             table.text("status").label("status"),
             table.text("worker_id").label("worker_id"),

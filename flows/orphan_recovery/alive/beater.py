@@ -12,7 +12,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -53,6 +54,8 @@ class Hold:
     """Seconds without proof after which it is lost; infinite for a run that is never an orphan."""
     proven_at: float = field(default_factory=time.monotonic)
     """When the last beat that came through was sent, by this process's monotonic clock."""
+    is_finishing: bool = False
+    """Whether its own result is on its way: then it is no loss that the run has ended."""
     lost: RunLost | None = None
     is_lost: threading.Event = field(default_factory=threading.Event)
 
@@ -66,7 +69,7 @@ class Beater:
         self._lock = threading.Lock()
         self._holds: list[Hold] = []
         self._locks = None if target.lock is None else Locks(target, timedelta(seconds=interval))
-        self._failing = False
+        self._failing = self._has_place = False
         self._ready = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name=f"orphan-recovery alive {target.name}", daemon=True
@@ -90,7 +93,43 @@ class Beater:
         with self._lock:
             if held in self._holds:
                 self._holds.remove(held)
-        self._loop.call_soon_threadsafe(self._wake)
+        if self._locks is not None:  # its lock is let go of at once
+            self._loop.call_soon_threadsafe(self._wake)
+
+    @contextmanager
+    def finishing(self, held: Hold) -> Iterator[None]:
+        """While it reports its result; once that is written, it can be lost no more."""
+        held.is_finishing = True
+        try:
+            yield
+        except BaseException:
+            held.is_finishing = False
+            raise
+        self.release(held)
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call something from the beater's thread, after so long."""
+        self._loop.call_later(seconds, call)
+
+    def require_place(self) -> None:
+        """Refuse a target that has no place for a beat, unless the database cannot be asked.
+
+        Raises:
+            ConfigurationError: as :func:`require_beat`.
+        """
+        if self._has_place or self._locks is not None:
+            return
+        try:
+            self.submit(self._look).result(self.interval)
+        except ConfigurationError:
+            raise
+        except Exception:  # the first beat says it
+            return
+        self._has_place = True
+
+    async def _look(self, engine: AsyncEngine) -> None:
+        async with transaction(engine) as db:
+            require_beat(await runs_table(db, self.target))
 
     def submit(self, work: Callable[[AsyncEngine], Coroutine[Any, Any, T]]) -> "Future[T]":
         """Do ``work`` on the beater's connections, in its thread."""
@@ -162,11 +201,12 @@ class Beater:
             logger.info("beat_recovered", extra={"target": self.target.name})
         self._failing = False
         for held in holds:
-            if held.run_id in told.thresholds:
-                threshold = told.thresholds[held.run_id]
+            run = (held.run_id, held.worker_id)
+            if run in told.thresholds:
+                threshold = told.thresholds[run]
                 held.proven_at = sent_at
                 held.lost_after = float("inf") if threshold is None else threshold.total_seconds()
-            elif lost := told.lost.get(held.run_id):
+            elif lost := told.lost.get(run):
                 self._lose(held, lost)
         return True
 
@@ -192,11 +232,16 @@ class Beater:
         with self._lock:
             if held.lost is not None or held not in self._holds:
                 return
+            if held.is_finishing and lost.by is LostBy.FINISHED:
+                return
             held.lost = lost
         held.is_lost.set()
         fields = {"run_id": held.run_id, "target": self.target.name, "by": lost.by.value}
         logger.error("run_lost", extra={**fields, "found": lost.found})
-        held.on_loss(lost)
+        try:
+            held.on_loss(lost)
+        except Exception as error:  # such as a loop that was closed under its block
+            logger.error("loss_not_told", extra={**fields, "error": describe(error)})
 
 
 _beaters: dict[tuple[Target, URL, float], Beater] = {}
@@ -229,6 +274,16 @@ def beater_of(target: Target, url: URL, interval: float | None) -> Beater:
         if found is None or found.pid != os.getpid():  # threads do not survive a fork
             found = _beaters[key] = Beater(target, url, seconds)
         return found
+
+
+def _forget() -> None:
+    """In the child of a fork there is none of the parent's threads, and its lock may be held."""
+    global _making
+    _making = threading.Lock()
+    _beaters.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 @atexit.register

@@ -7,6 +7,7 @@ being cancelled; and what it reports in the end is written only if the run is st
 
 import asyncio
 import ctypes
+import sys
 import threading
 from types import TracebackType
 from typing import Any
@@ -61,6 +62,7 @@ class keep_alive:  # noqa: N801 - used as a function
 
     def __enter__(self) -> "Alive":
         self._thread = threading.get_ident()
+        self._beater = self._find_beater()
         return self._begin(self._interrupt)
 
     def __exit__(
@@ -69,15 +71,9 @@ class keep_alive:  # noqa: N801 - used as a function
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._cancel = False
-        try:
-            self._beater.release(self._hold)
-            with self._lock:
-                stopped = self._stopped
-            if stopped and kind is not _Stop:  # it has not arrived, and is not to arrive later
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
-        except _Stop:  # it arrived just here
-            stopped = True
+        with self._lock:  # nobody interrupts a thread at a door of a block
+            stopped, self._cancel = self._stopped, False
+        self._beater.release(self._hold)
         if stopped and (kind is None or kind is _Stop):
             raise self._lost() from None
 
@@ -86,7 +82,9 @@ class keep_alive:  # noqa: N801 - used as a function
         assert task is not None  # noqa: S101 - inside a coroutine
         self._task = task
         self._cancelling = task.cancelling()
-        return await asyncio.to_thread(self._begin, self._cancel_task)
+        self._beater = await asyncio.to_thread(self._find_beater)
+        # From here to the block nothing is awaited: a cancellation arrives in it, or not at all.
+        return self._begin(self._cancel_task)
 
     async def __aexit__(
         self,
@@ -101,10 +99,14 @@ class keep_alive:  # noqa: N801 - used as a function
         if stopped and self._task.uncancel() <= self._cancelling and kind in _CANCELLED:
             raise self._lost() from error
 
+    def _find_beater(self) -> Beater:
+        beater = beater_of(self._target, address(self._target), self._interval)
+        beater.require_place()
+        return beater
+
     def _begin(self, on_loss: Any) -> "Alive":
-        self._beater = beater_of(self._target, address(self._target), self._interval)
         self._hold = self._beater.hold(self._run_id, self._worker_id, on_loss)
-        return Alive(self._hold, self._target.name)
+        return Alive(self._hold, self._target.name, self._beater)
 
     def _cancel_task(self, _: RunLost) -> None:
         self._loop.call_soon_threadsafe(self._cancel_now)
@@ -115,12 +117,16 @@ class keep_alive:  # noqa: N801 - used as a function
                 self._stopped = True
                 self._task.cancel()
 
-    def _interrupt(self, _: RunLost) -> None:
+    def _interrupt(self, lost: RunLost) -> None:
         with self._lock:
-            if self._cancel and not self._stopped:
+            if not self._cancel or self._stopped:
+                return
+            if not _is_at_a_door(self._thread):
                 self._stopped = True
                 stop = ctypes.py_object(_Stop)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), stop)
+                return
+        self._beater.later(_AT_A_DOOR_SECONDS, lambda: self._interrupt(lost))
 
     def _lost(self) -> RunLost:
         assert self._hold.lost is not None  # noqa: S101 - it is what stopped the block
@@ -132,13 +138,25 @@ class _Stop(BaseException):
 
 
 _CANCELLED = (None, asyncio.CancelledError)
+_DOORS = (keep_alive.__enter__.__code__, keep_alive.__exit__.__code__)
+_AT_A_DOOR_SECONDS = 0.01
+
+
+def _is_at_a_door(thread: int) -> bool:
+    """Whether a thread is entering or leaving a block: what is raised there escapes the block."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code in _DOORS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Alive:
     """A run that is being kept alive."""
 
-    def __init__(self, hold: Hold, target: str) -> None:
-        self._hold, self._target = hold, target
+    def __init__(self, hold: Hold, target: str, beater: Beater) -> None:
+        self._hold, self._target, self._beater = hold, target, beater
 
     @property
     def run_id(self) -> str:
@@ -162,9 +180,11 @@ class Alive:
     async def finish(self, **result: Any) -> None:
         """Write the result, if the run is still its own: :func:`finish_run`."""
         run, worker = self._hold.run_id, self._hold.worker_id
-        await finish_run(run, worker_id=worker, target=self._target, **result)
+        with self._beater.finishing(self._hold):
+            await finish_run(run, worker_id=worker, target=self._target, **result)
 
     def finish_sync(self, **result: Any) -> None:
         """The same from synchronous code."""
         run, worker = self._hold.run_id, self._hold.worker_id
-        finish_run_sync(run, worker_id=worker, target=self._target, **result)
+        with self._beater.finishing(self._hold):
+            finish_run_sync(run, worker_id=worker, target=self._target, **result)

@@ -82,18 +82,18 @@ class Locks:
     ) -> Beaten:
         if not runs:
             return Beaten({}, {})
-        proven: dict[str, timedelta | None] = {}
-        lost: dict[str, RunLost] = {}
+        proven: dict[tuple[str, str | None], timedelta | None] = {}
+        lost: dict[tuple[str, str | None], RunLost] = {}
         table = await runs_table(connection, self.target)
         rows = (await connection.execute(look(table, runs))).mappings()
-        by_id = {row["run_id"]: row for row in rows}
+        by_run = {(row["run_id"], row["held_by"]): row for row in rows}
         for run in runs:
-            row = by_id[run[0]]
+            row = by_run[run]
             by = lost_by(self.target, row)
             if by is not None:
-                lost[run[0]] = RunLost(run[0], by, found(row))
+                lost[run] = RunLost(run[0], by, found(row))
             elif self._whose(run) in self._held:
-                proven[run[0]] = self.lost_after
+                proven[run] = self.lost_after
         return Beaten(proven, lost)
 
     def _whose(self, run: tuple[str, str | None]) -> str:

@@ -181,6 +181,11 @@ def _claiming(table: RunsTable, run_id: str, worker_id: str, running: str) -> An
 def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result) -> Any:
     if result.status in (*target.in_flight, *target.waiting):
         raise ConfigurationError(f"status is {result.status!r}, which ends nothing")
+    if target.ends is not None and result.status not in target.ends:
+        raise ConfigurationError(
+            f"status is {result.status!r}, which {where(target, 'terminal')} does not have: "
+            f"it has {', '.join(map(repr, target.ends))}"
+        )
 
     async def work(engine: AsyncEngine, first: bool) -> None:
         async with transaction(engine) as db:
@@ -192,7 +197,7 @@ def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result)
                 return  # an earlier try was heard after all
         by = lost_by(target, row) or LostBy.CHANGED_HANDS
         contested = by is LostBy.MARKED and await _contest(
-            engine, target, run_id, worker_id, result
+            engine, target, row["key"], worker_id, result
         )
         raise RunLost(run_id, by, found(row), contested=contested)
 
@@ -203,7 +208,8 @@ def _finishing(table: RunsTable, run_id: str, worker_id: str | None, result: _Re
     row, facts = table.columns, table.facts
     values: dict[Any, Any] = {row.status: literal(result.status, facts["status"].type)}
     if "success" in facts:
-        values[row.success] = literal(result.error is None)
+        failed = result.status in ("failed", table.target.crashed)
+        values[row.success] = literal(result.error is None and not failed)
     if "completed_at" in facts:
         values[row.completed_at] = table.stored("completed_at", _NOW)
     for role, told in (("error", result.error), ("output_json", result.output)):

@@ -1,0 +1,1 @@
+"""What the tests of alive run as processes of their own, and what stands before the database."""
