@@ -37,7 +37,7 @@ async def test_each_orphan_has_a_task_run_of_its_own(db: Database, api: Api) -> 
     task_runs = api.task_runs(flow_run_of(state))
     assert sorted(marks(task_runs)) == orphans
     assert {run["state_type"] for run in task_runs.values()} == {"COMPLETED"}
-    assert len(task_runs) == len(orphans) + 3  # open-sweep, detect, summarise
+    assert len(task_runs) == len(orphans) + 4  # open-sweep, decide, detect, summarise
     assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
 
 

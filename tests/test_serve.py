@@ -30,7 +30,8 @@ def test_one_process_serves_all_deployments_and_can_be_replaced(
     db: Database, api: Api, client: dict[str, str], tmp_path: Path
 ) -> None:
     db.add_run("held", worker="old-worker", age="2 minutes")
-    db.add_run("of another", worker="another-worker")
+    # Young enough for a scheduled sweep, which may come due meanwhile, to leave it alone too.
+    db.add_run("of another", worker="another-worker", age="2 minutes")
     command = ("orphan-recovery", "serve")
     with process(*command, log=tmp_path / "serve.log", **client) as serving:
         until(lambda: len(api.find("deployments")) == 3, "all deployments")
