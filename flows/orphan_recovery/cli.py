@@ -138,7 +138,9 @@ def _exit_code(reports: "list[SweepReport]") -> int:
 def approve(
     hold: Annotated[str, typer.Argument(help="The hold's id, or the beginning of it.")],
     target: TargetName = None,
-    minutes: Annotated[int, typer.Option(help="How long the approval holds.", min=1)] = 60,
+    minutes: Annotated[
+        int, typer.Option(help="How long the approval holds.", min=1, max=10_080)
+    ] = 60,
     note: Annotated[str | None, typer.Option(help="Why, for the ledger.")] = None,
 ) -> None:
     """Release one hold: the next sweep marks the runs that it names, and no others.

@@ -9,10 +9,12 @@ import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
-from sqlalchemy import URL, func, make_url, select
+from sqlalchemy import URL, ColumnElement, Select, column, func, make_url, select, table
+from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 
@@ -110,6 +112,19 @@ def _secret(target: str, block: str) -> str:
             "see whether PREFECT_API_URL names that server"
         ) from None
     return str(secret.get())
+
+
+def server_started() -> ColumnElement[datetime]:
+    """Since when the server has had its sessions: since it was started, or has come up again after
+    a crash of one of its processes, which ends them all. That it tells privileged roles only."""
+    crew: Select[Any] = (
+        select(func.max(column("backend_start")))
+        .select_from(table("pg_stat_activity", schema="pg_catalog"))
+        .where(column("backend_type") == "checkpointer")
+    )
+    aware = TIMESTAMP(timezone=True)
+    started = func.pg_postmaster_start_time(type_=aware)
+    return func.greatest(started, crew.scalar_subquery(), type_=aware)
 
 
 def make_engine(url: URL) -> AsyncEngine:

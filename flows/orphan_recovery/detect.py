@@ -208,9 +208,17 @@ class Silence:
     last: datetime | None
     """The latest."""
 
-    def is_too_much(self, target: Target) -> bool:
-        """Whether it is more than this target is to believe without a person."""
-        enough = self.workers >= target.hold_least_workers
+    seen_at: datetime
+    """The database's time when they were counted."""
+
+    def is_too_much(self, target: Target, fleet: int | None = None) -> bool:
+        """Whether it is more than this target is to believe without a person.
+
+        Args:
+            target: its share and its least sample.
+            fleet: workers of the whole fleet, where this is what is left beside a hold.
+        """
+        enough = (self.workers if fleet is None else fleet) >= target.hold_least_workers
         return enough and self.silent_workers > target.hold_share * self.workers
 
 
@@ -255,6 +263,7 @@ async def look_at_silence(
         func.coalesce(names[1:10], []).label("some"),
         func.min(each.c.first).label("first"),
         func.max(each.c.last).label("last"),
+        now.label("seen_at"),
     )
     row = (await db.execute(statement)).mappings().one()
     return Silence(**{**row, "orphans": int(row["orphans"])})

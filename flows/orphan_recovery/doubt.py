@@ -6,14 +6,14 @@ these may be the cause, the sweep waits until whoever lives has had the time to 
 again before it believes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import Select, and_, case, func, literal, select
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.database import Executor
+from orphan_recovery.database import Executor, server_started
 from orphan_recovery.detect import Fleet, Silence
 from orphan_recovery.ledger import contests, holds, sweeps, verdicts
 from orphan_recovery.report import span
@@ -88,6 +88,12 @@ async def look_at_circumstances(db: Executor, request: SweepRequest) -> Circumst
     return found
 
 
+async def look_at_server(db: Executor, before: Circumstances) -> Circumstances:
+    """The same, as the server is now; what was before the sweep stays. Reads only."""
+    row = (await db.execute(_server())).mappings().one()
+    return replace(before, **{**row, "last_sweep_at": None, "last_timeline": before.timeline})
+
+
 def doubts(
     now: Circumstances, fleet: Fleet, silence: Silence, request: SweepRequest, beat: timedelta
 ) -> Doubt | None:
@@ -157,7 +163,7 @@ def _server() -> Select[Any]:
     segment = func.pg_walfile_name(func.pg_current_wal_lsn())
     return select(
         _NOW.label("seen_at"),
-        func.pg_postmaster_start_time(type_=_AWARE).label("server_started_at"),
+        server_started().label("server_started_at"),
         standby.label("standby"),
         case((~standby, func.left(segment, 8)), else_=None).label("timeline"),
     )
@@ -167,6 +173,8 @@ def _server_and_ledger(target: str) -> Select[Any]:
     last = (
         select(sweeps.c.opened_at, sweeps.c.timeline)
         .where(sweeps.c.target == target, sweeps.c.timeline.is_not(None))
+        # One that is open still may be waiting by the same doubt.
+        .where(sweeps.c.ended_at.is_not(None))
         .order_by(sweeps.c.opened_at.desc())
         .limit(1)
         .subquery()

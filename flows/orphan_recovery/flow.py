@@ -31,10 +31,10 @@ from orphan_recovery.flow_hold import (
     Answer,
     answer_of_resumed_run,
     ask_in_the_ui,
-    flow_run_id,
+    hold_of_resumed_run,
     tell_of_hold,
 )
-from orphan_recovery.hold import Decision, approve, open_hold_of
+from orphan_recovery.hold import Decision, approve, is_open
 from orphan_recovery.mark import log_verdict, mark_one
 from orphan_recovery.policy import is_outage, is_transient, retry_plan
 from orphan_recovery.report import SweepReport, as_markdown, as_table
@@ -51,7 +51,7 @@ from orphan_recovery.sweep import (
     log_doubt,
     log_end,
     log_start,
-    look_at,
+    look_again_at,
 )
 from orphan_recovery.targets import DEFAULT_TARGET, find_target, load_targets
 from orphan_recovery.verdict import Outcome, Verdict
@@ -110,14 +110,14 @@ async def open_sweep(engine: AsyncEngine, request: SweepRequest) -> Look:
 async def look_again(engine: AsyncEngine, request: SweepRequest, look: Look) -> Look:
     """Look a second time, after whoever lives has had the time to beat."""
     async with _transaction(engine) as connection:
-        return await look_at(connection, request, look.now)
+        return await look_again_at(connection, request, look)
 
 
 @task(name="decide", task_run_name="decide", **_RETRIED)
 async def decide(engine: AsyncEngine, report: SweepReport, look: Look) -> Decision:
     """Hold what looks like too much of the fleet; close what has recovered."""
     async with _transaction(engine) as connection:
-        return await decide_on(connection, report, look, flow_run_id())
+        return await decide_on(connection, report, look)
 
 
 @task(name="detect", task_run_name="detect", **_RETRIED)
@@ -223,8 +223,8 @@ async def _heed(engine: AsyncEngine, answer: Answer) -> str | None:
         Why there is nothing more to do; None if the sweep may go on.
     """
     async with _transaction(engine) as connection:
-        hold_id = await open_hold_of(connection, flow_run_id())
-        if hold_id is None:
+        hold_id = hold_of_resumed_run()
+        if hold_id is None or not await is_open(connection, hold_id):
             return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
         if not answer.approve:
             return f"hold {hold_id} was looked at by {answer.your_name} and not released"
@@ -314,7 +314,10 @@ async def _look_again(engine: AsyncEngine, report: SweepReport, look: Look, doub
     seconds = doubt.wait.total_seconds()
     get_run_logger().warning("looking again in %.0f seconds, because %s", seconds, doubt)
     await asyncio.sleep(seconds)
-    return await look_again(engine, report.request, look)
+    again = await look_again(engine, report.request, look)
+    if again.doubt is None:
+        return again
+    return await _look_again(engine, report, again, again.doubt)
 
 
 async def _mark_each(

@@ -26,6 +26,8 @@ EVENT: Final = "orphan-recovery.held"
 ASKED_FOR: Final = timedelta(days=7)
 """How long a held flow run can be resumed; the hold itself stays open for as long as it lasts."""
 _KEY: Final = "hold"
+_LABEL: Final = "orphan-recovery.hold"
+"""Of the flow run: which hold it asks about."""
 
 
 class Answer(RunInput):
@@ -44,10 +46,12 @@ class Answer(RunInput):
     note: str = Field(default="", description="Why, for the ledger.")
 
 
-def flow_run_id() -> str | None:
-    """The flow run that this is, for the hold to be known by; None outside of any."""
+def hold_of_resumed_run() -> UUID | None:
+    """The hold that this flow run asked about before it was suspended."""
     context = FlowRunContext.get()
-    return str(context.flow_run.id) if context and context.flow_run else None
+    run = context.flow_run if context else None
+    told = run.labels.get(_LABEL) if run else None
+    return UUID(str(told)) if told else None
 
 
 def tell_of_hold(report: SweepReport) -> None:
@@ -83,7 +87,7 @@ async def ask_in_the_ui(report: SweepReport) -> None:
     try:
         await _suspend(form)
     except Pause as pause:
-        await _call_it_held(run.id, pause.state, report.headline())
+        await _call_it_held(run.id, pause.state, report)
         raise
 
 
@@ -102,10 +106,12 @@ async def _suspend(form: type[Answer]) -> Any:
     return await asuspend_flow_run(wait_for_input=form, timeout=seconds, key=_KEY)
 
 
-async def _call_it_held(flow_run: UUID, suspended: Any, message: str) -> None:
+async def _call_it_held(flow_run: UUID, suspended: Any, report: SweepReport) -> None:
     """Prefect calls it Suspended; an operator is to read what it is, and why."""
-    held = suspended.model_copy(update={"name": HELD, "message": message})
+    assert report.held is not None  # noqa: S101 - asked by the caller
+    held = suspended.model_copy(update={"name": HELD, "message": report.headline()})
     async with get_client() as client:
+        await client.update_flow_run_labels(flow_run, {_LABEL: str(report.held.hold_id)})
         await client.set_flow_run_state(flow_run, held, force=True)
 
 

@@ -17,11 +17,14 @@ from sqlalchemy import (
     FromClause,
     Select,
     Text,
+    and_,
+    case,
     cast,
     func,
     insert,
     literal,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
@@ -29,12 +32,14 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from orphan_recovery.database import Executor
 from orphan_recovery.detect import Silence, look_at_silence, orphans
 from orphan_recovery.doubt import Circumstances
-from orphan_recovery.ledger import approvals, hold_runs, holds
+from orphan_recovery.ledger import approvals, hold_runs, holds, verdicts
 from orphan_recovery.report import Held, iso
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.rules import threshold_of
 from orphan_recovery.runs import RunsTable, runs_table
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target
+from orphan_recovery.verdict import Outcome
 
 APPROVED_FOR: Final = timedelta(minutes=60)
 """How long an approval holds, unless the person says otherwise."""
@@ -56,38 +61,71 @@ async def decide(
     db: Executor,
     request: SweepRequest,
     now: Circumstances,
-    silence: Silence,
-    reference: str | None = None,
+    among: Callable[[RunsTable], ColumnElement[bool]] | None = None,
 ) -> Decision:
     """Hold what looks like too much, close what has recovered. Does not commit.
+
+    One sweep of a target decides at a time: two at once open one hold. A narrower sweep (of one
+    tenant or worker, or by a longer threshold than the target's) has not seen the whole fleet, so
+    it closes nothing.
 
     Args:
         db: a transaction of the caller's.
         request: the sweep; it must be in the ledger.
         now: what the sweep saw of the database.
-        silence: what it saw of the fleet, the second time if it looked twice.
-        reference: what the hold is known by elsewhere, such as a flow run's id.
+        among: judge only runs for which this holds; the others are for a later sweep.
     """
-    target = request.target
+    target, table = request.target, await runs_table(db, request.target)
+    only = true() if among is None else among(table)
+    name = literal(f"orphan_recovery hold {target.name}", Text)
+    await db.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+    is_open = select(holds.c.hold_id).where(
+        holds.c.target == target.name, holds.c.ended_at.is_(None)
+    )
+    any_open = (await db.execute(is_open.limit(1))).first() is not None
+    silence = await look_at_silence(db, request, only)
+    seen = seen_silent(request, silence.seen_at, among)
     if not silence.is_too_much(target):
-        if now.open_holds:
+        if not any_open:
+            return Decision(None, seen)
+        if request.is_whole and among is None:
             await _close_all(db, request)
-        return Decision(None, None)
+            return Decision(None, seen)
     rest = silence
-    if now.open_holds:
-        outside = ~_in_open_hold(await runs_table(db, target), target)
-        rest = await look_at_silence(db, request, outside)
-    opened = None
-    if rest.orphans and rest.is_too_much(target):
-        opened = await _open(db, request, now, rest, reference)
-    standing = await _standing(db, target)
-    if not standing:  # all that is held has been released
-        return Decision(None, None)
-    blocked = _blocked(await runs_table(db, target), target)
-    runs = (await look_at_silence(db, request, blocked)).orphans
-    hold_id, opened_at, evidence = standing[0]
-    held = Held(hold_id, opened_at, evidence, runs, is_new=opened is not None)
-    return Decision(held, lambda table: ~_blocked(table, target))
+    if any_open:
+        rest = await look_at_silence(db, request, and_(only, ~_in_open_hold(table, target)))
+    is_new = bool(rest.orphans) and rest.is_too_much(target, fleet=silence.workers)
+    if is_new:
+        await _open(db, request, now, rest, only)
+    unreleased = await _standing(db, target)
+    blocked = await look_at_silence(db, request, _blocked(table, target))
+    if not unreleased or not blocked.orphans:  # released, or none of this sweep's business
+        return Decision(None, lambda runs: and_(~_blocked(runs, target), seen(runs)))
+    (hold_id, opened_at, evidence), *others = unreleased
+    held = Held(
+        hold_id,
+        opened_at,
+        evidence,
+        runs=blocked.orphans,
+        is_new=is_new,
+        others=tuple(other for other, _, _ in others),
+    )
+    return Decision(held, lambda runs: and_(~_blocked(runs, target), seen(runs)))
+
+
+def seen_silent(
+    request: SweepRequest,
+    seen_at: datetime,
+    among: Callable[[RunsTable], ColumnElement[bool]] | None = None,
+) -> Callable[[RunsTable], ColumnElement[bool]]:
+    """Only what was silent when it was counted: what falls silent since may be a fleet's rest."""
+    instant = literal(seen_at, TIMESTAMP(timezone=True))
+
+    def seen(runs: RunsTable) -> ColumnElement[bool]:
+        silent = runs.sign_of_life <= instant - threshold_of(runs, request)
+        return silent if among is None else and_(silent, among(runs))
+
+    return seen
 
 
 async def approve(
@@ -134,12 +172,12 @@ async def approve(
     return found[0], (await db.execute(released)).scalar_one()
 
 
-async def open_hold_of(db: Executor, reference: str | None) -> UUID | None:
-    """The open hold that is known elsewhere by ``reference``; None if there is none. Reads only."""
+async def is_open(db: Executor, hold_id: UUID) -> bool:
+    """Whether a hold still stands. Reads only."""
     statement = select(holds.c.hold_id).where(
-        holds.c.reference == reference, holds.c.ended_at.is_(None)
+        holds.c.hold_id == hold_id, holds.c.ended_at.is_(None)
     )
-    return (await db.execute(statement)).scalar_one_or_none()
+    return (await db.execute(statement)).first() is not None
 
 
 async def _open(
@@ -147,7 +185,7 @@ async def _open(
     request: SweepRequest,
     now: Circumstances,
     silence: Silence,
-    reference: str | None,
+    only: ColumnElement[bool],
 ) -> UUID:
     """Record a hold on every orphan that no open hold is about."""
     hold_id = uuid4()
@@ -169,13 +207,12 @@ async def _open(
             hold_id=hold_id,
             target=request.target.name,
             sweep_id=request.sweep_id,
-            reference=reference,
             opened_at=_NOW,
             evidence=evidence,
         )
     )
     table = await runs_table(db, request.target)
-    found = orphans(table, request).where(~_in_open_hold(table, request.target)).subquery()
+    found = orphans(table, request).where(only, ~_in_open_hold(table, request.target)).subquery()
     await db.execute(
         insert(hold_runs).from_select(
             ["hold_id", "run_id"], select(literal(hold_id, hold_runs.c.hold_id.type), found.c.id)
@@ -185,18 +222,32 @@ async def _open(
 
 
 async def _close_all(db: Executor, request: SweepRequest) -> None:
-    """The fleet has recovered: close every open hold of the target."""
-    was_released = (
-        select(approvals.c.hold_id).where(approvals.c.hold_id == holds.c.hold_id).exists()
+    """The fleet has recovered: close every open hold of the target.
+
+    It was released if a run of it was marked under an approval; else it recovered by itself.
+    """
+    marked = (
+        select(approvals.c.hold_id)
+        .select_from(
+            approvals.join(hold_runs, hold_runs.c.hold_id == approvals.c.hold_id).join(
+                verdicts, verdicts.c.run_id == hold_runs.c.run_id
+            )
+        )
+        .where(
+            approvals.c.hold_id == holds.c.hold_id,
+            verdicts.c.target == holds.c.target,
+            verdicts.c.outcome == Outcome.MARKED.value,
+            verdicts.c.judged_at >= approvals.c.approved_at,
+        )
+        .correlate(holds)
+        .exists()
     )
     await db.execute(
         update(holds)
         .where(holds.c.target == request.target.name, holds.c.ended_at.is_(None))
         .values(
             ended_at=_NOW,
-            ended_as=func.coalesce(
-                select(literal("released")).where(was_released).scalar_subquery(), "recovered"
-            ),
+            ended_as=case((marked, literal("released")), else_=literal("recovered")),
             ended_by=request.sweep_id,
         )
     )

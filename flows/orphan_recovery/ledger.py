@@ -112,7 +112,6 @@ holds: Final = Table(
     Column("hold_id", Uuid, primary_key=True),
     Column("target", Text),
     Column("sweep_id", Uuid),
-    Column("reference", Text),
     Column("opened_at", _AWARE),
     Column("evidence", JSONB),
     Column("ended_at", _AWARE),

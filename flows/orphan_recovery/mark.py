@@ -34,7 +34,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.selectable import TableValuedAlias
 
-from orphan_recovery.database import Executor
+from orphan_recovery.database import Executor, server_started
 from orphan_recovery.ledger import note_direct_call, record, require_ledger, verdicts
 from orphan_recovery.log import logger
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
@@ -47,7 +47,7 @@ from orphan_recovery.verdict import Outcome, Verdict
 
 _AWARE = TIMESTAMP(timezone=True)
 _NOW = func.statement_timestamp(type_=_AWARE)
-_STARTED = func.pg_postmaster_start_time(type_=_AWARE)
+_STARTED = server_started()
 
 
 async def mark_run_as_crashed(

@@ -44,7 +44,7 @@ from orphan_recovery.sweep import (
     log_doubt,
     log_end,
     log_start,
-    look_at,
+    look_again_at,
     whoami,
 )
 from orphan_recovery.targets import find_target
@@ -206,7 +206,10 @@ async def _look_again(
         return look
     report.looked_twice = str(doubt)
     await asyncio.sleep(doubt.wait.total_seconds())
-    return await _in_transaction(engine, lambda db: look_at(db, request, look.now))
+    again = await _in_transaction(engine, lambda db: look_again_at(db, request, look))
+    if again.doubt is None:
+        return again
+    return await _look_again(engine, request, report, again, again.doubt)
 
 
 async def _judge_all(

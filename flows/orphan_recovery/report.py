@@ -33,6 +33,8 @@ class Held:
     """Orphans that are held now."""
     is_new: bool
     """Opened by this sweep, and not by one before."""
+    others: tuple[UUID, ...] = ()
+    """Further holds that stand."""
 
     def in_words(self) -> str:
         saw = self.evidence
@@ -198,6 +200,9 @@ class SweepReport:
                 "the held flow run in Prefect's UI; the next sweep marks them. If they live, do "
                 "nothing: the hold is closed by the first sweep that hears of them."
             )
+            if self.held.others:
+                others = ", ".join(map(str, self.held.others))
+                steps.append(f"These stand too, each to be released by itself: {others}.")
         if self.failed:
             steps.append(
                 f"{self.failed} could not be marked, and stay orphans: the table of verdicts and "
@@ -264,6 +269,9 @@ def as_markdown(report: SweepReport) -> str:
     if report.held:
         lines += ["", "## What was not dared", "", f"Hold `{report.held.hold_id}`:", ""]
         lines += [f"- {k}: {_code(str(v))}" for k, v in report.held.evidence.items()]
+        lines += [
+            f"- and hold `{other}`, which stands since before" for other in report.held.others
+        ]
     if report.detected and not request.dry_run:
         lines += ["", "| outcome | runs |", "|---|---|"]
         lines += [f"| {o.value} | {report.counts[o]} |" for o in Outcome if report.counts[o]]

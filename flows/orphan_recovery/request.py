@@ -78,6 +78,12 @@ class SweepRequest:
         return timedelta(minutes=self.minutes)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it looks at all that its target has by the target's own threshold, or more."""
+        narrowed = self.tenant or self.worker or self.returned
+        return not narrowed and self.minutes <= self.target.threshold_minutes
+
+    @property
     def by_rules(self) -> bool:
         """Whether the thresholds of the target's rules hold: where time is the evidence."""
         return self.returned is None and self.target.lock is None

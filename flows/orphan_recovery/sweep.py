@@ -6,7 +6,7 @@ own for when to mark.
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import ColumnElement
 
@@ -19,8 +19,9 @@ from orphan_recovery.doubt import (
     beat_of,
     doubts,
     look_at_circumstances,
+    look_at_server,
 )
-from orphan_recovery.hold import Decision, decide
+from orphan_recovery.hold import Decision, decide, seen_silent
 from orphan_recovery.ledger import close_sweep, open_sweep, require_ledger
 from orphan_recovery.log import logger
 from orphan_recovery.mark import settle
@@ -80,6 +81,14 @@ async def begin(db: Executor, request: SweepRequest) -> Look:
     return look
 
 
+async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Look:
+    """Look a second time: what is in doubt now is only what came while the sweep waited."""
+    look = await look_at(db, request, await look_at_server(db, before.now))
+    came_up_again = look.now.server_started_at != before.now.server_started_at
+    failed_over = look.now.timeline != before.now.timeline
+    return look if came_up_again or failed_over else replace(look, doubt=None)
+
+
 async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Look:
     """Look at the fleet, and whether what is silent there is to be believed. Reads only."""
     fleet = await look_at_fleet(db, request)
@@ -101,17 +110,19 @@ def log_doubt(request: SweepRequest, doubt: Doubt) -> None:
     )
 
 
-async def decide_on(
-    db: Executor, report: SweepReport, look: Look, reference: str | None = None
-) -> Decision:
+async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
     """What may be marked, after the last look. Does not commit; a dry run decides nothing."""
     request = report.request
-    if request.dry_run or (look.silence is None and not look.now.open_holds):
+    if request.dry_run:
         return Decision(None, None)
+    if look.silence is None and not look.now.open_holds:
+        return Decision(None, seen_silent(request, look.fleet.seen_at))
     if report.postponed:
-        return Decision(None, _shows_only_age)
-    silence = look.silence or await look_at_silence(db, request)
-    decision = await decide(db, request, look.now, silence, reference)
+        return _logged(request, await decide(db, request, look.now, among=_shows_only_age))
+    return _logged(request, await decide(db, request, look.now))
+
+
+def _logged(request: SweepRequest, decision: Decision) -> Decision:
     if decision.held is not None:
         fields = {"target": request.target.name, "hold_id": str(decision.held.hold_id)}
         fields |= {"runs": str(decision.held.runs), "is_new": str(decision.held.is_new)}

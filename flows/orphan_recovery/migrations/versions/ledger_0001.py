@@ -113,7 +113,6 @@ CREATE TABLE orphan_recovery.holds (
     hold_id   uuid PRIMARY KEY,
     target    text NOT NULL,
     sweep_id  uuid NOT NULL REFERENCES orphan_recovery.sweeps,
-    reference text,
     opened_at timestamptz NOT NULL,
     evidence  jsonb NOT NULL,
     ended_at  timestamptz,

@@ -1,0 +1,343 @@
+"""Hold in Prefect: a flow run that waits for a person, and stands in nobody's way meanwhile.
+
+Executed by a real worker of a real work pool, and asked over the API that the UI uses.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import _database
+from orphan_recovery.flow import SweepFailed, recover_all_targets, recover_orphaned_runs
+from prefect_support import Api, client_of, deploy, flow_run_of, marks, process, run, sweep
+from support import Database, until
+
+YES = {"approve": True, "your_name": "Ada L."}
+ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("client")
+
+
+@pytest.fixture(scope="module")
+def client(prefect_api: str, home: Path) -> dict[str, str]:
+    return client_of(prefect_api, home)
+
+
+@pytest.fixture(scope="module")
+def api(prefect_api: str) -> Iterator[Api]:
+    """A server without other deployments."""
+    api = Api(prefect_api)
+    api.forget_deployments()
+    yield api
+    api.forget_deployments()
+
+
+@pytest.fixture(scope="module")
+def shared(server: str, template: str) -> Iterator[Database]:
+    """The database that the worker's environment names."""
+    with _database(server, template) as url, Database(url) as database:
+        yield database
+
+
+@pytest.fixture(scope="module")
+def worker(api: Api, shared: Database, client: dict[str, str], home: Path) -> Iterator[None]:
+    """Executes what is started; no sweep is due but those that a test starts."""
+    deploy(client)
+    scheduled = api.deployment("scheduled")
+    path = f"/deployments/{scheduled['id']}/schedules/{scheduled['schedules'][0]['id']}"
+    api.call("PATCH", path, {"active": False}).raise_for_status()
+    environment = {
+        **client,
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "ORPHAN_RECOVERY_DATABASE_URL": shared.url,
+    }
+    command = ("prefect", "worker", "start", "--pool", "process", "--type", "process")
+    with process(*command, log=home / "worker.log", **environment):
+        yield
+
+
+@pytest.fixture
+def fleet(worker: None, shared: Database) -> Iterator[Database]:
+    """Twelve workers, of which all look dead; no hold is open that an earlier test left."""
+    add_fleet(shared)
+    yield shared
+    shared.do("DELETE FROM worker_runs WHERE status IN ('queued', 'running')")
+    shared.do(
+        "UPDATE orphan_recovery.holds SET ended_at = now(), ended_as = 'recovered'"
+        " WHERE ended_at IS NULL"
+    )
+
+
+def add_fleet(db: Database) -> None:
+    tag = db.one("SELECT count(*) FROM orphan_recovery.sweeps")  # what is terminal stays
+    for number in range(12):
+        db.add_run(f"run-{tag}-{number:02}", worker=f"worker-{number}")
+
+
+def come_back(db: Database) -> None:
+    db.do("UPDATE worker_runs SET heartbeat_at = now() WHERE status = 'running'")
+
+
+def in_flight(db: Database) -> list[str]:
+    return sorted(run for run, status in db.statuses().items() if status == "running")
+
+
+def open_hold(db: Database) -> dict[str, Any]:
+    [hold] = db.do("SELECT * FROM orphan_recovery.holds WHERE ended_at IS NULL")
+    return hold
+
+
+def approvals(db: Database, hold: dict[str, Any]) -> list[dict[str, Any]]:
+    return db.do("SELECT * FROM orphan_recovery.approvals WHERE hold_id = %s", hold["hold_id"])
+
+
+def start_held(api: Api, deployment: str = "scheduled") -> dict[str, Any]:
+    """A sweep of the deployment, once it is held."""
+    started = api.start(deployment).raise_for_status().json()
+    held = api.await_state(started["id"], "PAUSED", *ENDS)
+    until(lambda: api.flow_run(held["id"])["state_name"] != "Suspended", "the name of its state")
+    return api.flow_run(held["id"])
+
+
+def resume(api: Api, flow_run: dict[str, Any], answer: dict[str, Any] | None) -> dict[str, Any]:
+    """What the UI's form does."""
+    path = f"/flow_runs/{flow_run['id']}/resume"
+    result: dict[str, Any] = api.call("POST", path, {"run_input": answer}).raise_for_status().json()
+    return result
+
+
+def events(api: Api, name: str) -> list[dict[str, Any]]:
+    found = api.call("POST", "/events/filter", {"filter": {"event": {"name": [name]}}})
+    events: list[dict[str, Any]] = found.raise_for_status().json()["events"]
+    return events
+
+
+def about(event: dict[str, Any], flow_run: dict[str, Any]) -> bool:
+    resources = [event["resource"], *event["related"]]
+    return any(r["prefect.resource.id"].endswith(flow_run["id"]) for r in resources)
+
+
+def is_told(api: Api, event: str, flow_run: dict[str, Any]) -> bool:
+    return any(about(found, flow_run) for found in events(api, event))
+
+
+def is_gone(flow_run: dict[str, Any]) -> bool:
+    """Whether the process that executed it has ended."""
+    pid = int(str(flow_run["infrastructure_pid"]).rpartition(":")[2])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_held_sweep_waits_in_the_ui_and_marks_its_runs_once_a_person_says_so(
+    api: Api, fleet: Database
+) -> None:
+    silent = in_flight(fleet)
+    held = start_held(api)
+    assert (held["state_name"], held["state_type"]) == ("Held", "PAUSED")
+    hold = open_hold(fleet)
+    assert held["state"]["message"].startswith("HELD: 12 of 12 workers look dead since ")
+    assert str(hold["hold_id"]) in held["state"]["message"]
+    assert in_flight(fleet) == silent
+    told = fleet.sweeps()[-1]
+    assert (told["ended_as"], told["hold"]) == ("held", hold["hold_id"])
+    until(lambda: is_gone(held), "the end of its process")
+
+    for name in ("prefect.flow-run.Held", "orphan-recovery.held"):
+        until(partial(is_told, api, name, held), f"the event {name}")
+    [event] = [e for e in events(api, "orphan-recovery.held") if about(e, held)]
+    assert event["resource"]["prefect.resource.id"] == "orphan-recovery.target.default"
+    assert event["payload"]["hold_id"] == str(hold["hold_id"])
+    assert (event["payload"]["runs"], event["payload"]["silent_workers"]) == (12, 12)
+    artifacts = api.artifacts(held["id"])
+    assert "## What was not dared" in artifacts["orphan-recovery-summary"]["data"]
+
+    keys = held["state"]["state_details"]["run_input_keyset"]
+    form = {
+        key: api.get(f"/flow_runs/{held['id']}/input/{keys[key]}")
+        for key in keys
+        if key != "response"
+    }
+    assert set(form["schema"]["required"]) == {"approve", "your_name"}
+    assert "12 of 12 workers look dead" in form["description"]
+    assert "- silent workers: 12" in form["description"]
+
+    for bad in (
+        None,
+        {},
+        {"approve": True},
+        {"your_name": "Ada L."},
+        {"approve": True, "your_name": ""},
+        {"approve": "certainly", "your_name": "Ada L."},
+        {**YES, "for_minutes": 0},
+        {**YES, "for_minutes": 20_000},
+    ):
+        assert resume(api, held, bad)["status"] == "REJECT", bad
+    assert api.flow_run(held["id"])["state_name"] == "Held"
+    assert approvals(fleet, hold) == []
+
+    answer = {**YES, "for_minutes": 15, "note": "rack on fire"}
+    assert resume(api, held, answer)["status"] == "ACCEPT"
+    ended = api.await_state(held["id"], *ENDS)
+    assert ended["state_type"] == "COMPLETED"
+    assert "12 orphaned runs detected: 12 marked crashed" in ended["state"]["message"]
+    assert {fleet.status(run) for run in silent} == {"crashed"}
+    assert set(marks(api.task_runs(held["id"]))) == set(silent)
+    [approval] = approvals(fleet, hold)
+    assert approval["approved_by"] == "Ada L., in Prefect's UI"
+    assert approval["note"] == "rack on fire"
+    assert (approval["expires_at"] - approval["approved_at"]).total_seconds() == 15 * 60
+    last = fleet.sweeps()[-1]
+    assert (last["ended_as"], last["marked"]) == ("completed", 12)
+    assert held["id"] in last["asked_by"]
+
+
+def test_a_held_sweep_stands_in_the_way_of_no_other_and_none_asks_in_vain(
+    api: Api, fleet: Database
+) -> None:
+    """At most one sweep at once: a held one is none. Whichever of them asks, its answer counts."""
+    silent = in_flight(fleet)
+    first = start_held(api)
+    hold = open_hold(fleet)
+    fleet.add_run("of nobody", worker="worker-1", age="1 minute")
+    second = start_held(api)
+    assert second["state_type"] != "CANCELLED", second["state"]["message"]
+    assert second["state_name"] == "Held"
+    assert str(hold["hold_id"]) in second["state"]["message"]
+    assert (open_hold(fleet)["hold_id"], len(fleet.sweeps()) > 1) == (hold["hold_id"], True)
+
+    asking = [r for r in (first, second) if api.flow_run(r["id"])["state_type"] == "PAUSED"]
+    assert resume(api, asking[-1], YES)["status"] == "ACCEPT"
+    ended = api.await_state(asking[-1]["id"], *ENDS)
+    assert [a["approved_by"] for a in approvals(fleet, hold)] == ["Ada L., in Prefect's UI"], ended[
+        "state"
+    ]["message"]
+    assert {fleet.status(run) for run in silent} == {"crashed"}
+
+
+def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all_as_it_is(
+    api: Api, client: dict[str, str], fleet: Database
+) -> None:
+    silent = in_flight(fleet)
+    done = run("orphan-recovery", "trigger", "--wait", **client)
+    assert done.returncode == 3
+    assert "Held: HELD: 12 of 12 workers look dead" in done.stdout
+    assert "the sweep is held, and waits for a person" in done.stderr
+    found = re.search(r"runs/flow-run/([0-9a-f-]{36})$", done.stdout, re.M)
+    assert found, done.stdout
+    held, hold = api.flow_run(found[1]), open_hold(fleet)
+    swept = len(fleet.sweeps())
+    assert resume(api, held, {**YES, "approve": False})["status"] == "ACCEPT"
+    ended = api.await_state(held["id"], *ENDS)
+    assert ended["state_type"] == "COMPLETED"
+    assert ended["state"]["message"] == (
+        f"hold {hold['hold_id']} was looked at by Ada L. and not released"
+    )
+    assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
+    assert open_hold(fleet) == hold
+    assert len(fleet.sweeps()) == swept
+
+
+def test_an_approval_after_the_fleet_came_back_releases_nothing_and_says_so(
+    api: Api, fleet: Database, client: dict[str, str]
+) -> None:
+    silent = in_flight(fleet)
+    held = start_held(api)
+    hold = open_hold(fleet)
+    come_back(fleet)
+    done = run("orphan-recovery", "sweep", **client, ORPHAN_RECOVERY_DATABASE_URL=fleet.url)
+    assert done.returncode == 0
+    assert resume(api, held, YES)["status"] == "ACCEPT"
+    ended = api.await_state(held["id"], *ENDS)
+    assert ended["state_type"] == "COMPLETED"
+    assert ended["state"]["message"] == (
+        "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
+    )
+    assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
+
+
+async def test_a_flow_run_that_nobody_can_resume_fails_by_the_name_of_held(
+    api: Api, db: Database, prefect: str
+) -> None:
+    """One without a deployment: a direct call."""
+    add_fleet(db)
+    state = await sweep(api)
+    recorded = api.flow_run(flow_run_of(state))
+    assert (recorded["state_type"], recorded["state_name"]) == ("FAILED", "Held")
+    hold = open_hold(db)
+    assert recorded["state"]["message"].startswith("HELD: 12 of 12 workers look dead")
+    assert str(hold["hold_id"]) in recorded["state"]["message"]
+    until(partial(is_told, api, "orphan-recovery.held", recorded), "the event")
+    async with api.used():
+        with pytest.raises(SweepFailed, match="HELD: 12 of 12 workers") as caught:
+            await recover_orphaned_runs()
+    assert caught.value.report["hold"] == str(hold["hold_id"])
+    assert len(in_flight(db)) == 12
+
+
+async def test_the_flow_looks_twice_before_it_asks_anybody(
+    api: Api, db: Database, prefect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORPHAN_RECOVERY_TARGETS__DEFAULT__HEARTBEAT_SECONDS", "2")
+    add_fleet(db)
+    db.do("UPDATE worker_runs SET heartbeat_at = created_at")
+    sweeping = asyncio.create_task(sweep(api))
+    await asyncio.to_thread(until, lambda: bool(db.sweeps()), "its first look")
+    alive = "UPDATE worker_runs SET heartbeat_at = now() WHERE id <> 'run-0-07'"
+    await asyncio.to_thread(db.do, alive)
+    state = await sweeping
+    assert state.is_completed()
+    assert "1 orphaned run detected: 1 marked crashed" in (state.message or "")
+    assert "look-again" in api.task_runs(flow_run_of(state))
+    [told] = db.sweeps()
+    assert "12 of 12 workers look dead" in told["looked_twice"]
+    assert db.do("SELECT * FROM orphan_recovery.holds") == []
+    assert db.status("run-0-07") == "crashed"
+
+
+async def test_a_sweep_within_another_flow_run_fails_by_the_name_of_held(
+    api: Api, db: Database, prefect: str
+) -> None:
+    add_fleet(db)
+    async with api.used():
+        state = await recover_all_targets(return_state=True)
+    parent = api.flow_run(flow_run_of(state))
+    assert parent["state_type"] == "FAILED"
+    assert "default: HELD: 12 of 12 workers look dead" in parent["state"]["message"]
+    [child] = api.find("flow_runs", flow_runs={"parent_flow_run_id": {"any_": [parent["id"]]}})
+    assert (child["state_type"], child["state_name"]) == ("FAILED", "Held")
+    assert child["state"]["message"].startswith("HELD: 12 of 12 workers look dead")
+    assert len(in_flight(db)) == 12
+
+
+async def test_a_flow_run_that_failed_beside_a_hold_names_the_hold(
+    api: Api, db: Database, prefect: str
+) -> None:
+    """That a run could not be marked is the worse news, and nobody is asked then."""
+    for number in range(12):
+        db.add_run(f"silent-{number}", worker=f"worker-{number}")
+    live = [db.add_run(f"live-{n}", worker=f"live-{n}", age="1 minute") for n in range(10)]
+    await sweep(api)
+    hold = open_hold(db)
+    db.do(
+        "UPDATE worker_runs SET created_at = now() - interval '1 hour', started_at = NULL"
+        " WHERE id = %s",
+        live[0],
+    )
+    db.poison(live[0])
+    state = await sweep(api)
+    recorded = api.flow_run(flow_run_of(state))
+    assert (recorded["state_type"], recorded["state_name"]) == ("FAILED", "Failed")
+    assert "1 FAILED" in recorded["state"]["message"]
+    assert str(hold["hold_id"]) in recorded["state"]["message"]
