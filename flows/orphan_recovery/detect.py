@@ -208,9 +208,6 @@ class Silence:
     last: datetime | None
     """The latest."""
 
-    seen_at: datetime
-    """The database's time when they were counted."""
-
     def is_too_much(self, target: Target, fleet: int | None = None) -> bool:
         """Whether it is more than this target is to believe without a person.
 
@@ -263,7 +260,6 @@ async def look_at_silence(
         func.coalesce(names[1:10], []).label("some"),
         func.min(each.c.first).label("first"),
         func.max(each.c.last).label("last"),
-        now.label("seen_at"),
     )
     row = (await db.execute(statement)).mappings().one()
     return Silence(**{**row, "orphans": int(row["orphans"])})

@@ -62,11 +62,6 @@ class Doubt:
     reasons: tuple[str, ...]
     wait: timedelta
 
-    @property
-    def is_too_long(self) -> bool:
-        """More than a sweep can wait: what has beaten is left to the next one."""
-        return self.wait > LONGEST_WAIT
-
     def __str__(self) -> str:
         return " and ".join(self.reasons)
 

@@ -307,7 +307,7 @@ async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
 
 async def _look_again(engine: AsyncEngine, report: SweepReport, look: Look, doubt: Doubt) -> Look:
     log_doubt(report.request, doubt)
-    if doubt.is_too_long:
+    if not look.may_wait_for(doubt):
         report.postponed = str(doubt)
         return look
     report.looked_twice = str(doubt)

@@ -61,6 +61,7 @@ async def decide(
     db: Executor,
     request: SweepRequest,
     now: Circumstances,
+    seen_at: datetime,
     among: Callable[[RunsTable], ColumnElement[bool]] | None = None,
 ) -> Decision:
     """Hold what looks like too much, close what has recovered. Does not commit.
@@ -73,6 +74,7 @@ async def decide(
         db: a transaction of the caller's.
         request: the sweep; it must be in the ledger.
         now: what the sweep saw of the database.
+        seen_at: when it last looked at the fleet: what falls silent later it did not doubt.
         among: judge only runs for which this holds; the others are for a later sweep.
     """
     target, table = request.target, await runs_table(db, request.target)
@@ -84,7 +86,7 @@ async def decide(
     )
     any_open = (await db.execute(is_open.limit(1))).first() is not None
     silence = await look_at_silence(db, request, only)
-    seen = seen_silent(request, silence.seen_at, among)
+    seen = seen_silent(request, seen_at, among)
     if not silence.is_too_much(target):
         if not any_open:
             return Decision(None, seen)
@@ -118,7 +120,7 @@ def seen_silent(
     seen_at: datetime,
     among: Callable[[RunsTable], ColumnElement[bool]] | None = None,
 ) -> Callable[[RunsTable], ColumnElement[bool]]:
-    """Only what was silent when it was counted: what falls silent since may be a fleet's rest."""
+    """Only what was silent when it was looked at: what falls silent since was not doubted."""
     instant = literal(seen_at, TIMESTAMP(timezone=True))
 
     def seen(runs: RunsTable) -> ColumnElement[bool]:

@@ -201,7 +201,7 @@ async def _look_again(
 ) -> Look:
     """Give whoever lives the time to beat, then look again."""
     log_doubt(request, doubt)
-    if doubt.is_too_long:
+    if not look.may_wait_for(doubt):
         report.postponed = str(doubt)
         return look
     report.looked_twice = str(doubt)

@@ -7,6 +7,7 @@ own for when to mark.
 import os
 import socket
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from sqlalchemy import ColumnElement
 
@@ -14,6 +15,7 @@ from orphan_recovery import RECOVERY_ENABLED
 from orphan_recovery.database import Executor
 from orphan_recovery.detect import Fleet, Silence, look_at_fleet, look_at_silence
 from orphan_recovery.doubt import (
+    LONGEST_WAIT,
     Circumstances,
     Doubt,
     beat_of,
@@ -53,6 +55,12 @@ class Look:
     """None where nothing is silent."""
     doubt: Doubt | None
     """Why it is not to be believed yet."""
+    waited: timedelta = timedelta(0)
+    """How long the sweep has waited for it in all."""
+
+    def may_wait_for(self, doubt: Doubt) -> bool:
+        """Whether the sweep can wait for that; else it is left to the next one."""
+        return self.waited + doubt.wait <= LONGEST_WAIT
 
 
 async def begin(db: Executor, request: SweepRequest) -> Look:
@@ -86,7 +94,9 @@ async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Lo
     look = await look_at(db, request, await look_at_server(db, before.now))
     came_up_again = look.now.server_started_at != before.now.server_started_at
     failed_over = look.now.timeline != before.now.timeline
-    return look if came_up_again or failed_over else replace(look, doubt=None)
+    waited = before.waited + (before.doubt.wait if before.doubt else timedelta(0))
+    doubt = look.doubt if came_up_again or failed_over else None
+    return replace(look, doubt=doubt, waited=waited)
 
 
 async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Look:
@@ -118,8 +128,10 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
     if look.silence is None and not look.now.open_holds:
         return Decision(None, seen_silent(request, look.fleet.seen_at))
     if report.postponed:
-        return _logged(request, await decide(db, request, look.now, among=_shows_only_age))
-    return _logged(request, await decide(db, request, look.now))
+        return _logged(
+            request, await decide(db, request, look.now, look.fleet.seen_at, among=_shows_only_age)
+        )
+    return _logged(request, await decide(db, request, look.now, look.fleet.seen_at))
 
 
 def _logged(request: SweepRequest, decision: Decision) -> Decision:
