@@ -63,6 +63,12 @@ class Api:
         deployment: dict[str, Any] = self.get(f"/deployments/name/{flow}/{name}")
         return deployment
 
+    def pause_schedules(self) -> None:
+        """From now on no sweep is due but those that a test starts."""
+        for deployment in self.find("deployments"):
+            path = f"/deployments/{deployment['id']}/pause_deployment"
+            self.call("POST", path).raise_for_status()
+
     def forget_deployments(self) -> None:
         """Leave this server without deployments of the flow and without work pools."""
         for deployment in self.find("deployments"):
