@@ -243,9 +243,9 @@ def plant_sweep(
     """A sweep in the ledger that was opened so long ago; of this server, unless it says."""
     db.do(
         "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
-        " threshold, scope, version, opened_at, timeline, ended_at, ended_as) SELECT"
+        " threshold, scope, version, opened_at, in_flight, timeline, ended_at, ended_as) SELECT"
         " gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 minutes', '{}', '0',"
-        " now() - %s::interval,"
+        " now() - %s::interval, 0,"
         " coalesce(%s, left(pg_walfile_name(pg_current_wal_lsn()), 8)),"
         " CASE WHEN %s THEN now() - %s::interval END, CASE WHEN %s THEN 'completed' END",
         *(opened, timeline, ended, opened, ended),
@@ -445,12 +445,48 @@ async def test_a_standby_is_refused_by_name_and_after_its_promotion_the_sweep_lo
         await asyncio.to_thread(until, lambda: sweep_waits(there), "a sweep that waits")
         await beat(there, live)
         report = await sweeping
-        assert report.looked_twice == "the server has failed over since the last sweep"
+        assert report.looked_twice == "the server has failed over"
         assert there.statuses() == {live: "running", dead: "crashed"}
         before, after = there.sweeps()
         assert (before["timeline"], after["timeline"]) == ("00000001", "00000002")
         silence(there, live)
-        assert (await sweep()).looked_twice is None  # that is the last sweep now
+        assert (await sweep()).looked_twice is None  # it has been known for long enough now
+
+
+async def test_a_failover_that_a_sweep_could_not_wait_for_is_doubted_by_the_next_one_too(
+    own: Server, db: Restarted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BEAT, "45")  # two of them are more than a sweep waits
+    own.await_age(timedelta(seconds=1))
+    plant_sweep(db, "20 minutes", timeline="00000000")
+    own_start = db.one("SELECT pg_postmaster_start_time()")
+    beaten = db.add_run("has beaten", worker="worker-1", beat="2 hours")
+    for _ in range(2):  # one right after the other
+        report = await sweep()
+        assert "the server has failed over" in (report.postponed or "")
+        assert db.status(beaten) == "running"
+    monkeypatch.setenv(BEAT, str(OFTEN))
+    await asyncio.to_thread(own.await_age, timedelta(seconds=2 * OFTEN))
+    assert db.one("SELECT pg_postmaster_start_time()") == own_start
+    known = (
+        "SELECT min(opened_at) < now() - interval '3 seconds' FROM orphan_recovery.sweeps"
+        " WHERE timeline <> '00000000'"
+    )
+    await asyncio.to_thread(until, lambda: bool(db.one(known)), "two beats since it is known")
+    report = await sweep()
+    assert (report.looked_twice, report.postponed, report.recovered) == (None, None, 1)
+
+
+async def test_a_server_that_does_not_tell_its_timeline_is_swept_all_the_same(
+    db: Database,
+) -> None:
+    """Aurora refuses `pg_current_wal_lsn()` unless its wal_level is logical."""
+    name = make_url(db.url).database
+    db.do(f"ALTER DATABASE \"{name}\" SET rds.extensions = 'anything'")
+    [orphan] = db.add_orphans(1)
+    report = await sweep()
+    assert (report.error, report.looked_twice, db.status(orphan)) == (None, None, "crashed")
+    assert db.sweeps()[-1]["timeline"] is None
 
 
 # A sweeper that slept
@@ -634,7 +670,7 @@ async def test_circumstances_are_the_databases_own(own: Server, db: Restarted) -
     started = db.one("SELECT pg_postmaster_start_time()")
     # Its processes come up a moment later.
     assert timedelta(0) <= found.server_started_at - started < timedelta(seconds=5)
-    assert (found.standby, found.timeline, found.last_timeline) == (False, "00000001", "00000001")
+    assert (found.standby, found.timeline) == (False, "00000001")
     assert found.seen_at - found.last_sweep_at == pytest.approx(
         timedelta(hours=1), abs=timedelta(minutes=1)
     )

@@ -18,7 +18,7 @@ from orphan_recovery.flow import SweepFailed, recover_all_targets, recover_orpha
 from prefect_support import Api, client_of, deploy, flow_run_of, marks, process, run, sweep
 from support import Database, until
 
-YES = {"approve": True, "your_name": "Ada L."}
+YES = {"decision": "mark them crashed", "your_name": "Ada L."}
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -169,17 +169,28 @@ def test_a_held_sweep_waits_in_the_ui_and_marks_its_runs_once_a_person_says_so(
         for key in keys
         if key != "response"
     }
-    assert set(form["schema"]["required"]) == {"approve", "your_name"}
-    assert "12 of 12 workers look dead" in form["description"]
-    assert "- silent workers: 12" in form["description"]
+    assert set(form["schema"]["required"]) == {"decision", "your_name"}
+    assert form["schema"]["properties"]["decision"]["enum"] == [
+        "mark them crashed",
+        "leave them alone",
+    ]
+    [advice, saw, silent_ones, circumstances, command] = form["description"].split("\n\n")
+    assert advice.startswith("**See whether they live before you answer")
+    assert saw.startswith("12 of 12 workers look dead since ")
+    assert saw.endswith("12 runs are not marked.")
+    assert silent_ones.startswith("Silent: `worker-0`, `worker-1`, `worker-10`, ")
+    assert silent_ones.endswith(" and 2 more.")
+    assert circumstances.startswith("The server has been up since ")
+    assert f"`orphan-recovery approve {hold['hold_id']} --target default`" in command
 
     for bad in (
         None,
         {},
-        {"approve": True},
+        {"decision": "mark them crashed"},
         {"your_name": "Ada L."},
-        {"approve": True, "your_name": ""},
-        {"approve": "certainly", "your_name": "Ada L."},
+        {**YES, "your_name": ""},
+        {**YES, "decision": "certainly"},
+        {**YES, "decision": True},
         {**YES, "for_minutes": 0},
         {**YES, "for_minutes": 20_000},
     ):
@@ -203,27 +214,62 @@ def test_a_held_sweep_waits_in_the_ui_and_marks_its_runs_once_a_person_says_so(
     assert held["id"] in last["asked_by"]
 
 
-def test_a_held_sweep_stands_in_the_way_of_no_other_and_none_asks_in_vain(
+def test_one_flow_run_asks_about_a_hold_and_later_ones_point_to_it(
     api: Api, fleet: Database
 ) -> None:
-    """At most one sweep at once: a held one is none. Whichever of them asks, its answer counts."""
+    """At most one sweep at once: a held one is none. A question is asked, and told of, once."""
     silent = in_flight(fleet)
     first = start_held(api)
     hold = open_hold(fleet)
-    fleet.add_run("of nobody", worker="worker-1", age="1 minute")
-    second = start_held(api)
-    assert second["state_type"] != "CANCELLED", second["state"]["message"]
-    assert second["state_name"] == "Held"
+    for number in (20, 21, 22):
+        fleet.add_run(f"live-{number}", worker=f"worker-{number}", age="1 minute")
+    outside = fleet.add_run("of somebody else", worker="worker-23")
+    second = api.await_state(api.start("scheduled").json()["id"], "PAUSED", *ENDS)
+    assert (second["state_type"], second["state_name"]) == ("FAILED", "Held")
     assert str(hold["hold_id"]) in second["state"]["message"]
-    assert (open_hold(fleet)["hold_id"], len(fleet.sweeps()) > 1) == (hold["hold_id"], True)
+    assert second["state"]["message"].endswith(f"flow run {first['name']} waits for the answer")
+    assert fleet.status(outside) == "crashed", "it does what it may all the same"
+    assert open_hold(fleet) == hold
+    assert not [e for e in events(api, "orphan-recovery.held") if about(e, second)]
 
-    asking = [r for r in (first, second) if api.flow_run(r["id"])["state_type"] == "PAUSED"]
-    assert resume(api, asking[-1], YES)["status"] == "ACCEPT"
-    ended = api.await_state(asking[-1]["id"], *ENDS)
-    assert [a["approved_by"] for a in approvals(fleet, hold)] == ["Ada L., in Prefect's UI"], ended[
-        "state"
-    ]["message"]
+    assert resume(api, first, YES)["status"] == "ACCEPT"
+    api.await_state(first["id"], *ENDS)
+    assert [a["approved_by"] for a in approvals(fleet, hold)] == ["Ada L., in Prefect's UI"]
     assert {fleet.status(run) for run in silent} == {"crashed"}
+
+
+def test_a_question_that_somebody_cancelled_is_asked_anew(api: Api, fleet: Database) -> None:
+    first = start_held(api)
+    path = f"/flow_runs/{first['id']}/set_state"
+    api.call("POST", path, {"state": {"type": "CANCELLED"}, "force": True}).raise_for_status()
+    second = start_held(api)
+    assert (second["state_type"], second["state_name"]) == ("PAUSED", "Held")
+    until(partial(is_told, api, "orphan-recovery.held", second), "the event")
+    assert approvals(fleet, open_hold(fleet)) == []
+
+
+def test_an_answer_whose_flow_run_prefect_cancels_is_heeded_by_the_next_sweep(
+    api: Api, fleet: Database
+) -> None:
+    """At most one sweep of the deployment runs at once: a second one is cancelled, also if it is
+    one that a person has just resumed."""
+    silent = in_flight(fleet)
+    held = start_held(api)
+    hold = open_hold(fleet)
+    with fleet.connect() as blocker:  # another sweep that takes a while
+        blocker.execute("LOCK TABLE orphan_recovery.sweeps IN ACCESS EXCLUSIVE MODE")
+        other = api.start("scheduled").json()
+        api.await_state(other["id"], "RUNNING")
+        assert resume(api, held, YES)["status"] == "ACCEPT"
+        ended = api.await_state(held["id"], *ENDS)
+        assert ended["state_type"] == "CANCELLED"
+        blocker.rollback()
+    api.await_state(other["id"], *ENDS)
+    [approval] = approvals(fleet, hold)
+    assert approval["approved_by"] == "Ada L., in Prefect's UI"
+    assert {fleet.status(run) for run in silent} == {"crashed"}
+    api.await_state(api.start("scheduled").json()["id"], "COMPLETED")
+    assert approvals(fleet, hold) == [approval], "it is heeded once"
 
 
 def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all_as_it_is(
@@ -238,7 +284,7 @@ def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all
     assert found, done.stdout
     held, hold = api.flow_run(found[1]), open_hold(fleet)
     swept = len(fleet.sweeps())
-    assert resume(api, held, {**YES, "approve": False})["status"] == "ACCEPT"
+    assert resume(api, held, {**YES, "decision": "leave them alone"})["status"] == "ACCEPT"
     ended = api.await_state(held["id"], *ENDS)
     assert ended["state_type"] == "COMPLETED"
     assert ended["state"]["message"] == (
@@ -313,12 +359,14 @@ async def test_a_sweep_within_another_flow_run_fails_by_the_name_of_held(
     async with api.used():
         state = await recover_all_targets(return_state=True)
     parent = api.flow_run(flow_run_of(state))
-    assert parent["state_type"] == "FAILED"
+    assert (parent["state_type"], parent["state_name"]) == ("FAILED", "Held")
+    assert "1 of 1 targets HELD (default)" in parent["state"]["message"]
     assert "default: HELD: 12 of 12 workers look dead" in parent["state"]["message"]
     [child] = api.find("flow_runs", flow_runs={"parent_flow_run_id": {"any_": [parent["id"]]}})
     assert (child["state_type"], child["state_name"]) == ("FAILED", "Held")
     assert child["state"]["message"].startswith("HELD: 12 of 12 workers look dead")
     assert len(in_flight(db)) == 12
+    until(partial(is_told, api, "orphan-recovery.held", child), "the event")
 
 
 async def test_a_flow_run_that_failed_beside_a_hold_names_the_hold(

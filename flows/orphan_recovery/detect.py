@@ -197,6 +197,8 @@ class Silence:
 
     orphans: int
     """In runs."""
+    counted: str
+    """``workers``; or ``runs``, where the table keeps no worker."""
     workers: int
     """All that hold a run in flight."""
     silent_workers: int
@@ -262,4 +264,5 @@ async def look_at_silence(
         func.max(each.c.last).label("last"),
     )
     row = (await db.execute(statement)).mappings().one()
-    return Silence(**{**row, "orphans": int(row["orphans"])})
+    counted = "workers" if runs.has("worker_id") else "runs"
+    return Silence(counted=counted, **{**row, "orphans": int(row["orphans"])})

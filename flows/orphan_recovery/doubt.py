@@ -9,8 +9,9 @@ again before it believes.
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
+from uuid import UUID
 
-from sqlalchemy import Select, and_, case, func, literal, select
+from sqlalchemy import Select, and_, case, func, literal, or_, select
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.database import Executor, server_started
@@ -45,14 +46,24 @@ class Circumstances:
     server_started_at: datetime
     standby: bool
     timeline: str | None
-    """Of the write-ahead log: another one after a failover."""
+    """Of the write-ahead log: another one after a failover. None where the server does not say."""
     last_sweep_at: datetime | None = None
-    last_timeline: str | None = None
-    open_holds: int = 0
+    other_timeline: bool = False
+    """Whether a sweep has seen another one within a day."""
+    timeline_seen_at: datetime | None = None
+    """When a sweep first saw the present one."""
+    open_holds: tuple[UUID, ...] = ()
     marked: int = 0
     """Verdicts that marked a run in the last 30 days; 0 also where none is contested."""
     contested: int = 0
     """Those of them that were contested."""
+
+    @property
+    def failed_over_for(self) -> timedelta | None:
+        """How long it is known that the server has failed over; None if it has not, of late."""
+        if not self.other_timeline:
+            return None
+        return self.seen_at - (self.timeline_seen_at or self.seen_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,7 @@ async def look_at_circumstances(db: Executor, request: SweepRequest) -> Circumst
     """
     statement = _server() if request.dry_run else _server_and_ledger(request.target.name)
     row = (await db.execute(statement)).mappings().one()
-    found = Circumstances(**row)
+    found = Circumstances(**{**row, "open_holds": tuple(row.get("open_holds", ()))})
     if found.standby:
         raise ConfigurationError(
             f"the database of target {request.target.name!r} is a standby, where nothing can be "
@@ -86,7 +97,9 @@ async def look_at_circumstances(db: Executor, request: SweepRequest) -> Circumst
 async def look_at_server(db: Executor, before: Circumstances) -> Circumstances:
     """The same, as the server is now; what was before the sweep stays. Reads only."""
     row = (await db.execute(_server())).mappings().one()
-    return replace(before, **{**row, "last_sweep_at": None, "last_timeline": before.timeline})
+    failed_over = row["timeline"] != before.timeline
+    known = {"last_sweep_at": None, "other_timeline": failed_over, "timeline_seen_at": None}
+    return replace(before, **{**row, **known})
 
 
 def doubts(
@@ -107,14 +120,16 @@ def doubts(
     if up < grace:
         reasons.append(f"the server was started {span(up)} ago")
         wait = max(wait, grace - up)
-    if now.last_timeline is not None and now.timeline != now.last_timeline:
-        reasons.append("the server has failed over since the last sweep")
-        wait = max(wait, grace)
-    if now.last_sweep_at is not None and now.seen_at - now.last_sweep_at > request.threshold:
-        reasons.append(f"no sweep has looked for {span(now.seen_at - now.last_sweep_at)}")
+    if now.failed_over_for is not None and now.failed_over_for < grace:
+        reasons.append("the server has failed over")
+        wait = max(wait, grace - now.failed_over_for)
+    # Where time is not the evidence, its threshold is no measure of how often sweeps should look.
+    slept = None if now.last_sweep_at is None else now.seen_at - now.last_sweep_at
+    if slept is not None and slept > request.threshold and request.by_rules:
+        reasons.append(f"no sweep has looked for {span(slept)}")
         wait = max(wait, beat)
     if silence.is_too_much(request.target):
-        reasons.append(f"{silence.silent_workers} of {silence.workers} workers look dead")
+        reasons.append(f"{silence.silent_workers} of {silence.workers} {silence.counted} look dead")
         wait = max(wait, min(beat, LONGEST_WAIT))
     return Doubt(tuple(reasons), wait) if reasons else None
 
@@ -154,27 +169,38 @@ def _beating(table: RunsTable, request: SweepRequest) -> Select[Any]:
 
 def _server() -> Select[Any]:
     standby = func.pg_is_in_recovery()
-    # The first eight digits of a segment's name are its timeline; a standby writes none.
+    # The first eight digits of a segment's name are its timeline; a standby writes none. Aurora
+    # refuses the question unless its wal_level is logical; but it restarts when it fails over.
     segment = func.pg_walfile_name(func.pg_current_wal_lsn())
+    tells = or_(
+        func.current_setting("rds.extensions", True).is_(None),
+        func.current_setting("wal_level") == "logical",
+    )
     return select(
         _NOW.label("seen_at"),
         server_started().label("server_started_at"),
         standby.label("standby"),
-        case((~standby, func.left(segment, 8)), else_=None).label("timeline"),
+        case((and_(~standby, tells), func.left(segment, 8)), else_=None).label("timeline"),
     )
 
 
 def _server_and_ledger(target: str) -> Select[Any]:
+    server = _server()
     last = (
-        select(sweeps.c.opened_at, sweeps.c.timeline)
-        .where(sweeps.c.target == target, sweeps.c.timeline.is_not(None))
-        # One that is open still may be waiting by the same doubt.
+        select(sweeps.c.opened_at)
+        # Not a direct call, which has looked at nothing; and one that is open still may be
+        # waiting by the same doubt.
+        .where(sweeps.c.target == target, sweeps.c.in_flight.is_not(None))
         .where(sweeps.c.ended_at.is_not(None))
         .order_by(sweeps.c.opened_at.desc())
         .limit(1)
-        .subquery()
     )
-    held = select(func.count()).where(holds.c.target == target, holds.c.ended_at.is_(None))
+    of_late = and_(sweeps.c.target == target, sweeps.c.opened_at > _NOW - timedelta(days=1))
+    timeline = server.selected_columns.timeline
+    another = select(sweeps.c.sweep_id).where(of_late, sweeps.c.timeline != timeline).exists()
+    seen = select(func.min(sweeps.c.opened_at)).where(of_late, sweeps.c.timeline == timeline)
+    held = select(func.coalesce(func.array_agg(holds.c.hold_id), []))
+    held = held.where(holds.c.target == target, holds.c.ended_at.is_(None))
     of_target = and_(
         verdicts.c.target == target,
         verdicts.c.outcome == Outcome.MARKED.value,
@@ -188,9 +214,10 @@ def _server_and_ledger(target: str) -> Select[Any]:
     )
     marked = select(func.count()).select_from(verdicts).where(of_target).scalar_subquery()
     any_contest = select(contests.c.run_id).where(contests.c.target == target).exists()
-    return _server().add_columns(
-        select(last.c.opened_at).scalar_subquery().label("last_sweep_at"),
-        select(last.c.timeline).scalar_subquery().label("last_timeline"),
+    return server.add_columns(
+        last.scalar_subquery().label("last_sweep_at"),
+        another.label("other_timeline"),
+        seen.scalar_subquery().label("timeline_seen_at"),
         held.scalar_subquery().label("open_holds"),
         case((any_contest, marked), else_=0).label("marked"),
         case((any_contest, contested), else_=0).label("contested"),

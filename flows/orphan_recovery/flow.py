@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Annotated, Any
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
@@ -28,11 +29,15 @@ from orphan_recovery.detect import detect as detect_orphans
 from orphan_recovery.doubt import Doubt
 from orphan_recovery.flow_hold import (
     HELD,
+    MARK_THEM,
     Answer,
     answer_of_resumed_run,
     ask_in_the_ui,
+    can_ask,
     hold_of_resumed_run,
     tell_of_hold,
+    undelivered_answers,
+    who_asks,
 )
 from orphan_recovery.hold import Decision, approve, is_open
 from orphan_recovery.mark import log_verdict, mark_one
@@ -197,7 +202,7 @@ async def recover_orphaned_runs(
         engine = make_engine(address(request.target))
         try:
             if (answer := await answer_of_resumed_run()) is not None:
-                refusal = await _heed(engine, answer)
+                refusal = await _heed(engine, hold_of_resumed_run(), answer)
                 if refusal is not None:
                     return Completed(message=refusal)
             await _sweep(engine, report)
@@ -209,24 +214,34 @@ async def recover_orphaned_runs(
     await _show(report)
     if report.ended_well:
         return Completed(message=report.headline(), data=report.as_dict())
-    if report.is_held:
-        tell_of_hold(report)
-        await ask_in_the_ui(report)  # does not return where a person can be asked there
-        return Failed(name=HELD, message=report.headline(), data=SweepFailed(report))
-    return Failed(message=report.headline(), data=SweepFailed(report))
+    message = report.headline()
+    if report.held is not None:
+        asker = await who_asks(report)
+        asks = report.is_held and asker is None and can_ask()
+        if report.held.is_new or asks:
+            tell_of_hold(report)
+        if asks:
+            await ask_in_the_ui(report)  # ends this process
+        message += f"; flow run {asker} waits for the answer" if asker else ""
+    name = HELD if report.is_held else "Failed"
+    return Failed(name=name, message=message, data=SweepFailed(report))
 
 
-async def _heed(engine: AsyncEngine, answer: Answer) -> str | None:
-    """Record what a person answered who resumed this held flow run.
+async def _heed(engine: AsyncEngine, hold_id: UUID | None, answer: Answer) -> str | None:
+    """Record what a person answered about a hold.
 
     Returns:
         Why there is nothing more to do; None if the sweep may go on.
     """
+    if hold_id is None:
+        return (
+            "the answer was not heeded, for this flow run has lost the tag that names its hold: "
+            "release it with `orphan-recovery approve`"
+        )
     async with _transaction(engine) as connection:
-        hold_id = hold_of_resumed_run()
-        if hold_id is None or not await is_open(connection, hold_id):
+        if not await is_open(connection, hold_id):
             return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
-        if not answer.approve:
+        if answer.decision != MARK_THEM:
             return f"hold {hold_id} was looked at by {answer.your_name} and not released"
         await approve(
             connection,
@@ -266,7 +281,8 @@ async def recover_all_targets(
     states = dict(
         zip(targets, await asyncio.gather(*(swept(name) for name in targets)), strict=True)
     )
-    failed = [name for name, state in states.items() if not state.is_completed()]
+    failed = [name for name, state in states.items() if not (state.is_completed() or _held(state))]
+    held = [name for name, state in states.items() if _held(state)]
     told = "; ".join(
         f"{name}: {(state.message or str(state.name)).removeprefix(f'{name}: ')}"
         for name, state in states.items()
@@ -274,7 +290,14 @@ async def recover_all_targets(
     if failed:
         message = f"{len(failed)} of {len(states)} targets FAILED ({', '.join(failed)}). {told}"
         return Failed(message=message)
+    if held:
+        message = f"{len(held)} of {len(states)} targets HELD ({', '.join(held)}). {told}"
+        return Failed(name=HELD, message=message)
     return Completed(message=f"{len(states)} targets {'looked at' if dry_run else 'swept'}. {told}")
+
+
+def _held(state: State[Any]) -> bool:
+    return state.name == HELD
 
 
 async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
@@ -284,6 +307,8 @@ async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
         report.looked(look.fleet, marked=look.now.marked, contested=look.now.contested)
         if look.doubt is not None and not request.dry_run:
             look = await _look_again(engine, report, look, look.doubt)
+        async for hold_id, answer in undelivered_answers(look.now.open_holds):
+            await _heed(engine, hold_id, answer)
         decision = await decide(engine, report, look)
         report.held = decision.held
         runs = await detect(engine, request, decision)

@@ -1,40 +1,53 @@
 """The hold in Prefect: a state named Held, an event, and a form to release it by.
 
-The hazard is a question that nobody hears, or that stops everything else. So a held flow run of a
-deployment is suspended: its process ends, it keeps no place from the next sweep, and resuming it
-shows what was seen and asks. A flow run that cannot be suspended ends Failed, by the name Held.
+The hazard is a question that nobody hears, or that stops everything else. So the first flow run
+that stops at a hold is suspended and asks: its process ends, it keeps no place from the next
+sweep, and resuming it shows what was seen. Those that stop there later end Failed, by the name
+Held, and ask nobody twice; and an answer that Prefect did not deliver is heeded by the next sweep.
 """
 
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Literal
 from uuid import UUID
 
 from prefect import get_client
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.exceptions import Pause
 from prefect.flow_runs import asuspend_flow_run
-from prefect.input import RunInput
+from prefect.input import RunInput, keyset_from_base_key
+from prefect.input.actions import adelete_flow_run_input, aread_flow_run_input
 from pydantic import Field
 
 from orphan_recovery.hold import APPROVED_FOR
-from orphan_recovery.report import SweepReport
+from orphan_recovery.report import Held, SweepReport
 
 HELD: Final = "Held"
 """The name of the state, in the UI, in events and in automations."""
 EVENT: Final = "orphan-recovery.held"
 ASKED_FOR: Final = timedelta(days=7)
 """How long a held flow run can be resumed; the hold itself stays open for as long as it lasts."""
+MARK_THEM: Final = "mark them crashed"
+LEAVE_THEM: Final = "leave them alone"
 _KEY: Final = "hold"
-_LABEL: Final = "orphan-recovery.hold"
-"""Of the flow run: which hold it asks about."""
+_RESPONSE: Final = keyset_from_base_key(f"suspended-{_KEY}")["response"]
+"""Where Prefect keeps what was answered."""
 
 
 class Answer(RunInput):
     """What the form asks of whoever resumes a held flow run."""
 
-    approve: bool = Field(
-        description="Those workers are dead: mark the runs that this hold names as crashed."
+    decision: Literal["mark them crashed", "leave them alone"] = Field(
+        description="The runs that this hold names: are their workers dead?"
     )
     your_name: str = Field(min_length=1, description="For the ledger.")
     for_minutes: int = Field(
@@ -48,17 +61,13 @@ class Answer(RunInput):
 
 def hold_of_resumed_run() -> UUID | None:
     """The hold that this flow run asked about before it was suspended."""
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
-    told = run.labels.get(_LABEL) if run else None
-    return UUID(str(told)) if told else None
+    run = _this_run()
+    return None if run is None else _hold_of(run)
 
 
 def tell_of_hold(report: SweepReport) -> None:
     """Emit the event of a hold, for automations."""
-    held = report.held
-    assert held is not None  # noqa: S101 - asked by the caller
-    target = report.request.target.name
+    held, target = _held(report), report.request.target.name
     emit_event(
         event=EVENT,
         resource={
@@ -69,20 +78,37 @@ def tell_of_hold(report: SweepReport) -> None:
     )
 
 
+async def who_asks(report: SweepReport) -> str | None:
+    """The name of another flow run that asks about the same hold already; None if there is none."""
+    this, tag = _this_run(), _tag(_held(report).hold_id)
+    async with get_client() as client:
+        # One that has been resumed is on its way to heed the answer.
+        living = (StateType.PAUSED, StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
+        found = await _tagged(client, tag, *living)
+    return next((run.name for run in found if this is None or run.id != this.id), None)
+
+
+def can_ask() -> bool:
+    """Whether this flow run can be suspended: it is one of a deployment, within no other.
+
+    One that was resumed once cannot be again.
+    """
+    run = _this_run()
+    if run is None or run.deployment_id is None or run.parent_task_run_id is not None:
+        return False
+    return _KEY not in (run.empirical_policy.pause_keys or ())
+
+
 async def ask_in_the_ui(report: SweepReport) -> None:
     """Suspend this flow run under the name Held, with a form that shows what was seen.
-
-    Returns only where a flow run cannot be suspended: one without a deployment, or within another.
 
     Raises:
         Pause: Prefect's own signal that ends the process; the flow run goes on when it is resumed.
     """
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
-    if run is None or run.deployment_id is None or run.parent_task_run_id is not None:
-        return
-    if _KEY in (run.empirical_policy.pause_keys or ()):  # it was resumed once, and is held again
-        return
+    run = _this_run()
+    assert run is not None  # noqa: S101 - asked by the caller
+    async with get_client() as client:  # first: a question that nobody can match is lost
+        await client.update_flow_run(run.id, tags=[*run.tags, _tag(_held(report).hold_id)])
     form = Answer.with_initial_data(description=_shown(report))
     try:
         await _suspend(form)
@@ -93,12 +119,53 @@ async def ask_in_the_ui(report: SweepReport) -> None:
 
 async def answer_of_resumed_run() -> Answer | None:
     """What was answered, if this flow run was held and has been resumed; else None."""
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
+    run = _this_run()
     if run is None or _KEY not in (run.empirical_policy.pause_keys or ()):
         return None
     answer: Answer = await _suspend(Answer)  # it has fired already: this only reads the answer
     return answer
+
+
+async def undelivered_answers(
+    hold_ids: Sequence[UUID],
+) -> AsyncIterator[tuple[UUID, Answer]]:
+    """What was answered about these holds by resuming a flow run that then was cancelled.
+
+    Prefect cancels a flow run that is resumed while another sweep of its deployment runs, since
+    at most one does at a time. An answer is forgotten once the caller has heeded it.
+    """
+    async with get_client() as client:
+        for hold_id in hold_ids:
+            for run in await _tagged(client, _tag(hold_id), StateType.CANCELLED):
+                told = await aread_flow_run_input(_RESPONSE, flow_run_id=run.id)
+                if told:
+                    yield hold_id, Answer(**told)
+                    await adelete_flow_run_input(_RESPONSE, flow_run_id=run.id)
+
+
+def _this_run() -> FlowRun | None:
+    context = FlowRunContext.get()
+    return context.flow_run if context else None
+
+
+def _held(report: SweepReport) -> Held:
+    assert report.held is not None  # noqa: S101 - asked by the caller
+    return report.held
+
+
+def _tag(hold_id: UUID) -> str:
+    return f"hold {hold_id}"
+
+
+def _hold_of(run: FlowRun) -> UUID | None:
+    named = [tag.removeprefix("hold ") for tag in run.tags if tag.startswith("hold ")]
+    return UUID(named[0]) if named else None
+
+
+async def _tagged(client: PrefectClient, tag: str, *types: StateType) -> list[FlowRun]:
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
+    wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state)
+    return await client.read_flow_runs(flow_run_filter=wanted)
 
 
 async def _suspend(form: type[Answer]) -> Any:
@@ -108,21 +175,30 @@ async def _suspend(form: type[Answer]) -> Any:
 
 async def _call_it_held(flow_run: UUID, suspended: Any, report: SweepReport) -> None:
     """Prefect calls it Suspended; an operator is to read what it is, and why."""
-    assert report.held is not None  # noqa: S101 - asked by the caller
     held = suspended.model_copy(update={"name": HELD, "message": report.headline()})
     async with get_client() as client:
-        await client.update_flow_run_labels(flow_run, {_LABEL: str(report.held.hold_id)})
         await client.set_flow_run_state(flow_run, held, force=True)
 
 
 def _shown(report: SweepReport) -> str:
-    held = report.held
-    assert held is not None  # noqa: S101 - asked by the caller
-    lines = [f"**{held.in_words()}.** {held.runs} runs are not marked.", ""]
-    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in held.evidence.items()]
-    lines += [
-        "",
-        "If those workers are dead, approve. If they live, do nothing: the hold is closed by the "
-        "first sweep that hears of them.",
-    ]
-    return "\n".join(lines)
+    """What to do, then what was seen; for a person who was woken."""
+    held, target = _held(report), report.request.target.name
+    saw = held.evidence
+    some = ", ".join(f"`{name}`" for name in saw["some_silent_workers"])
+    more = saw["silent_workers"] - len(saw["some_silent_workers"])
+    last = saw["last_sweep_at"]
+    return "\n\n".join(
+        (
+            f"**See whether they live before you answer; nothing is lost by waiting.** Choose "
+            f"“{MARK_THEM}” only if they are dead. If they live, choose “{LEAVE_THEM}”, or close "
+            "this: the hold ends with the first sweep that hears of them.",
+            f"{held.in_words()}, the first of them since {saw['first_silent_since']}. "
+            f"{held.runs} runs are not marked.",
+            f"Silent: {some}{f' and {more} more' if more else ''}.",
+            f"The server has been up since {saw['server_started_at']}"
+            + (", after a failover" if saw["failed_over"] else "")
+            + (f"; the sweep before was at {last}." if last else "; no sweep was before."),
+            f"The same on the command line: `orphan-recovery approve {held.hold_id} --target "
+            f"{target}`.",
+        )
+    )

@@ -192,6 +192,7 @@ async def _open(
     """Record a hold on every orphan that no open hold is about."""
     hold_id = uuid4()
     evidence = {
+        "counted": silence.counted,
         "silent_workers": silence.silent_workers,
         "workers": silence.workers,
         "orphans": silence.orphans,
@@ -200,7 +201,7 @@ async def _open(
         "first_silent_since": silence.first and iso(silence.first),
         "server_started_at": iso(now.server_started_at),
         "last_sweep_at": now.last_sweep_at and iso(now.last_sweep_at),
-        "failed_over": now.last_timeline not in (None, now.timeline),
+        "failed_over": now.failed_over_for is not None,
         "threshold_minutes": request.minutes,
         "hold_share": request.target.hold_share,
     }

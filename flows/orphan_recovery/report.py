@@ -39,7 +39,7 @@ class Held:
     def in_words(self) -> str:
         saw = self.evidence
         return (
-            f"{saw['silent_workers']} of {saw['workers']} workers look dead since "
+            f"{saw['silent_workers']} of {saw['workers']} {saw['counted']} look dead since "
             f"{saw['silent_since']}"
         )
 

@@ -93,7 +93,7 @@ async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Lo
     """Look a second time: what is in doubt now is only what came while the sweep waited."""
     look = await look_at(db, request, await look_at_server(db, before.now))
     came_up_again = look.now.server_started_at != before.now.server_started_at
-    failed_over = look.now.timeline != before.now.timeline
+    failed_over = look.now.other_timeline
     waited = before.waited + (before.doubt.wait if before.doubt else timedelta(0))
     doubt = look.doubt if came_up_again or failed_over else None
     return replace(look, doubt=doubt, waited=waited)
