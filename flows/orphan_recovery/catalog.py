@@ -113,39 +113,37 @@ _RELATION: Final = text(
             WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
               AND i.indexprs IS NULL AND NOT EXISTS (
                   SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attnotnull
-                  AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))) AS unique_sets
+                  AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))) AS unique_sets,
+           (WITH RECURSIVE layer AS (
+                SELECT a.attnum, a.attname, a.attgenerated, a.attnotnull, a.atttypmod AS typmod,
+                       0 AS depth, format_type(a.atttypid, a.atttypmod) AS declared,
+                       (SELECT format('%I.%I', n.nspname, o.typname)
+                        FROM pg_type o JOIN pg_namespace n ON n.oid = o.typnamespace
+                        WHERE o.oid = a.atttypid) AS cast_name,
+                       t.oid AS type_oid, t.typname, t.typtype, t.typbasetype, t.typtypmod,
+                       t.typcategory
+                FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                UNION ALL
+                SELECT l.attnum, l.attname, l.attgenerated, l.attnotnull, l.typtypmod,
+                       l.depth + 1, l.declared, l.cast_name, t.oid, t.typname, t.typtype,
+                       t.typbasetype, t.typtypmod, t.typcategory
+                FROM layer l JOIN pg_type t ON t.oid = l.typbasetype
+                WHERE l.typtype = 'd'
+            )
+            SELECT coalesce(jsonb_agg(jsonb_build_object(
+                'name', attname, 'declared', declared, 'cast_name', cast_name, 'kind', typname,
+                'category', typcategory, 'is_domain', depth > 0, 'is_generated', attgenerated <> '',
+                'is_nullable', NOT attnotnull,
+                'length', CASE WHEN typname IN ('varchar', 'bpchar') AND typmod > 4
+                               THEN typmod - 4 END,
+                'labels', ARRAY(SELECT e.enumlabel FROM pg_enum e WHERE e.enumtypid = type_oid
+                                ORDER BY e.enumsortorder)) ORDER BY attnum), '[]')
+            FROM layer WHERE typtype <> 'd') AS columns
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = to_regclass(
         CASE WHEN CAST(:schema AS text) IS NULL THEN format('%I', CAST(:name AS text))
              ELSE format('%I.%I', CAST(:schema AS text), CAST(:name AS text)) END)
-    """
-)
-
-_COLUMNS: Final = text(
-    """
-    WITH RECURSIVE layer AS (
-        SELECT a.attnum, a.attname, a.attgenerated, a.attnotnull, a.atttypmod AS typmod, 0 AS depth,
-               format_type(a.atttypid, a.atttypmod) AS declared,
-               (SELECT format('%I.%I', n.nspname, o.typname)
-                FROM pg_type o JOIN pg_namespace n ON n.oid = o.typnamespace
-                WHERE o.oid = a.atttypid) AS cast_name,
-               t.oid AS type_oid, t.typname, t.typtype, t.typbasetype, t.typtypmod, t.typcategory
-        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-        WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
-        UNION ALL
-        SELECT l.attnum, l.attname, l.attgenerated, l.attnotnull, l.typtypmod, l.depth + 1,
-               l.declared, l.cast_name, t.oid, t.typname, t.typtype, t.typbasetype, t.typtypmod,
-               t.typcategory
-        FROM layer l JOIN pg_type t ON t.oid = l.typbasetype
-        WHERE l.typtype = 'd'
-    )
-    SELECT attname::text AS name, declared, cast_name, typname::text AS kind,
-           typcategory::text AS category, depth > 0 AS is_domain,
-           attgenerated <> '' AS is_generated, NOT attnotnull AS is_nullable,
-           CASE WHEN typname IN ('varchar', 'bpchar') AND typmod > 4 THEN typmod - 4 END AS length,
-           ARRAY(SELECT e.enumlabel::text FROM pg_enum e WHERE e.enumtypid = type_oid
-                 ORDER BY e.enumsortorder) AS labels
-    FROM layer WHERE typtype <> 'd' ORDER BY attnum
     """
 )
 
@@ -159,7 +157,6 @@ def look_up(connection: Connection, schema: str | None, name: str) -> Relation |
     found = connection.execute(_RELATION, {"schema": schema, "name": name}).mappings().one_or_none()
     if found is None:
         return None
-    columns = connection.execute(_COLUMNS, {"oid": found["oid"]}).mappings()
     checks: dict[str, tuple[str, ...]] = {}
     for column, condition in found["checks"]:
         checks[column] = (*checks.get(column, ()), condition)
@@ -169,7 +166,8 @@ def look_up(connection: Connection, schema: str | None, name: str) -> Relation |
         name=found["relname"],
         kind=found["kind"],
         columns={
-            row["name"]: ColumnFacts(**{**row, "labels": tuple(row["labels"])}) for row in columns
+            column["name"]: ColumnFacts(**{**column, "labels": tuple(column["labels"])})
+            for column in found["columns"]
         },
         unique=tuple(frozenset(columns) for columns in found["unique_sets"] if columns),
         checks=checks,
@@ -204,6 +202,8 @@ def accepts(
     if facts.length is not None and len(value) > facts.length:
         return f"it is {facts.declared}"
     conditions = relation.checks.get(column, ()) if written else ()
+    if facts.is_text and not facts.is_domain and not conditions:
+        return None  # any text will do
     # The conditions are the catalogue's own text; the value stays a value.
     held = " AND ".join(f"coalesce({condition}, true)" for condition in conditions) or "true"
     name = '"' + column.replace('"', '""') + '"'

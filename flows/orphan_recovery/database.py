@@ -142,6 +142,7 @@ def make_engine(url: URL) -> AsyncEngine:
         max_overflow=0,
         pool_pre_ping=True,
         hide_parameters=True,
+        use_native_hstore=False,  # no such values here, and one question less to the server
         connect_args={
             "application_name": "orphan-recovery",
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,

@@ -24,6 +24,9 @@ from orphan_recovery.runs import TIMES, RunsTable, runs_table
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target
 
+Among = Callable[[RunsTable], ColumnElement[bool]]
+"""Which runs, of a table that is not known yet."""
+
 _AWARE = TIMESTAMP(timezone=True)
 
 
@@ -55,7 +58,7 @@ async def detect(
     *,
     after: WorkerRun | None = None,
     page: int | None = None,
-    among: Callable[[RunsTable], ColumnElement[bool]] | None = None,
+    among: Among | None = None,
 ) -> list[WorkerRun]:
     """The orphans within ``request``'s scope, oldest sign of life first. Reads only.
 
@@ -75,7 +78,7 @@ async def detect(
     if bounds:
         statement = statement.limit(min(bounds))
     rows = (await db.execute(statement)).mappings()
-    return [_snapshot(request, dict(row)) for row in rows]
+    return [snapshot(request, dict(row)) for row in rows]
 
 
 def orphans(
@@ -125,7 +128,8 @@ def _scope(runs: RunsTable, request: SweepRequest) -> list[ColumnElement[bool]]:
     return conditions
 
 
-def _snapshot(request: SweepRequest, row: dict[str, Any]) -> WorkerRun:
+def snapshot(request: SweepRequest, row: dict[str, Any]) -> WorkerRun:
+    """A run as a row of :func:`orphans` shows it."""
     row["evidence"] = Evidence(row["evidence"])
     for name in (*TIMES, "worker_seen_at", "sign_of_life", "seen_at"):  # from session's TimeZone
         row[name] = row[name] and row[name].astimezone(UTC)
@@ -169,7 +173,6 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
     now = func.statement_timestamp(type_=_AWARE)
     # A minute of grace: a beat that was written while this statement began is no wrong clock.
     ahead = runs.sign_of_life > now + timedelta(minutes=1)
-    workers = func.array_agg(runs.text("worker_id").distinct()).filter(ahead)
     threshold = threshold_of(runs, request)
     silent = and_(runs.sign_of_life <= now - threshold, ~runs.is_locked)
     statement = (
@@ -179,7 +182,6 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
             func.count().filter(silent, runs.evidence != Evidence.AGE.value).label("beating"),
             func.count().filter(runs.sign_of_life.is_(None)).label("undatable"),
             func.count().filter(ahead).label("ahead"),
-            func.coalesce(workers, []).label("ahead_workers"),
             func.count().filter(threshold.is_(None)).label("exempt"),
             now.label("seen_at"),
         )
@@ -187,8 +189,13 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
         .where(runs.in_flight, *_scope(runs, request))
     )
     row = (await db.execute(statement)).mappings().one()
-    workers_ahead = sorted(w for w in row["ahead_workers"] if w is not None)[:10]
-    return Fleet(**{**row, "ahead_workers": workers_ahead})
+    workers = list[str]()
+    if row["ahead"]:  # asked for by itself, for it takes a sort of all that is in flight
+        named = runs.text("worker_id").label("worker")
+        whose = select(named).select_from(runs.reads_from()).where(runs.in_flight, ahead)
+        whose = whose.where(*_scope(runs, request), named.is_not(None)).distinct()
+        workers = list((await db.execute(whose.order_by(named).limit(10))).scalars())
+    return Fleet(**row, ahead_workers=workers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ one orphan could not be marked.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -40,12 +41,14 @@ from orphan_recovery.flow_hold import (
     who_asks,
 )
 from orphan_recovery.hold import Decision, approve, is_open
+from orphan_recovery.judge import Progress, judge_pages, judge_slice
 from orphan_recovery.mark import log_verdict, mark_one
 from orphan_recovery.policy import is_outage, is_transient, retry_plan
 from orphan_recovery.report import SweepReport, as_markdown, as_table
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
+from orphan_recovery.slices import is_sliceable
 from orphan_recovery.sweep import (
     Look,
     begin,
@@ -63,6 +66,9 @@ from orphan_recovery.verdict import Outcome, Verdict
 
 FLOW_NAME = "recover-orphaned-runs"
 ALL_FLOW_NAME = "recover-all-targets"
+MOST_TASKS = 10_000
+STRETCH_SECONDS = 5.0
+"""How long one task run goes on with slices."""
 
 
 async def _worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
@@ -150,6 +156,32 @@ async def mark(engine: AsyncEngine, request: SweepRequest, run: WorkerRun) -> Ve
     return verdict
 
 
+@task(name="mark-slices", **_RETRIED)
+async def mark_slices(
+    engine: AsyncEngine, request: SweepRequest, decision: Decision, progress: Progress
+) -> Progress:
+    """Mark so many orphans as a few seconds allow, slice by slice, each in its own transaction."""
+    give_up_at = time.monotonic() + STRETCH_SECONDS
+    try:
+        while not progress.is_through and time.monotonic() < give_up_at:
+            await judge_slice(engine, request, progress, decision.among)
+    except DBAPIError as error:
+        raise DatabaseError(describe(error)) from error
+    get_run_logger().info("%d orphans judged", progress.detected)
+    return progress
+
+
+@task(name="mark-rest", task_run_name="mark-rest", **_RETRIED)
+async def mark_rest(
+    engine: AsyncEngine, report: SweepReport, decision: Decision, tried: set[str]
+) -> list[Verdict]:
+    """Mark, page by page, what the slices passed over; returns what failed."""
+    try:
+        return await judge_pages(engine, report, decision.among, tried)
+    except DBAPIError as error:
+        raise DatabaseError(describe(error)) from error
+
+
 @task(name="summarise", task_run_name="summarise", **_RETRIED)
 async def summarise(
     engine: AsyncEngine, report: SweepReport, failed: list[Verdict]
@@ -168,6 +200,7 @@ async def recover_orphaned_runs(
     worker: Annotated[str, Field(min_length=1)] | None = None,
     limit: Annotated[int, Field(ge=1)] | None = None,
     reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_LENGTH)] = DEFAULT_REASON,
+    task_each_up_to: Annotated[int, Field(ge=0, le=MOST_TASKS)] = 1_000,
 ) -> State[Any]:
     """Find runs whose worker died and mark each as crashed.
 
@@ -185,6 +218,8 @@ async def recover_orphaned_runs(
         worker: Only runs held by this worker. Leave at None for all.
         limit: Judge at most so many runs, longest silence first. Leave at None for no limit.
         reason: What the error text of each marked run begins with.
+        task_each_up_to: Up to so many orphans, each is marked by a task run of its own. More are
+            marked in slices of thousands, a task run for a few seconds of them.
     """
     request = SweepRequest(
         asked_by=_asked_by(),
@@ -205,7 +240,7 @@ async def recover_orphaned_runs(
                 refusal = await _heed(engine, hold_of_resumed_run(), answer)
                 if refusal is not None:
                     return Completed(message=refusal)
-            await _sweep(engine, report)
+            await _sweep(engine, report, task_each_up_to)
         finally:
             await engine.dispose()
     else:
@@ -300,7 +335,7 @@ def _held(state: State[Any]) -> bool:
     return state.name == HELD
 
 
-async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
+async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int) -> None:
     request, failed = report.request, list[Verdict]()
     try:
         look = await open_sweep(engine, request)
@@ -311,14 +346,9 @@ async def _sweep(engine: AsyncEngine, report: SweepReport) -> None:
             await _heed(engine, hold_id, answer)
         decision = await decide(engine, report, look)
         report.held = decision.held
-        runs = await detect(engine, request, decision)
-        report.saw(runs)
-        if runs:
-            log_detected(runs)
-        if not request.dry_run:
-            verdicts = await _mark_each(engine, request, runs)
-            failed = [v for v in verdicts if v.outcome is Outcome.FAILED]
-            report.judged([v for v in verdicts if v.outcome is not Outcome.FAILED])
+        by_slices = look.fleet.orphans > task_each_up_to and await _is_sliceable(engine, request)
+        mark_all = _mark_in_slices if by_slices else _mark_each
+        failed = await mark_all(engine, report, decision)
     except Exception as error:
         report.error = describe(error.__cause__ or error)
     if report.fleet is None:  # it never began, and has nothing to close
@@ -345,10 +375,36 @@ async def _look_again(engine: AsyncEngine, report: SweepReport, look: Look, doub
     return await _look_again(engine, report, again, again.doubt)
 
 
-async def _mark_each(
-    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
+async def _is_sliceable(engine: AsyncEngine, request: SweepRequest) -> bool:
+    async with _transaction(engine) as connection:
+        return await is_sliceable(connection, request)
+
+
+async def _mark_in_slices(
+    engine: AsyncEngine, report: SweepReport, decision: Decision
 ) -> list[Verdict]:
+    """Thousands at a time: a task run for each would outlast the sweep by far."""
+    request, failed, progress, number = report.request, list[Verdict](), Progress(), 0
+    while not progress.is_through:
+        number += 1
+        stretch = mark_slices.with_options(task_run_name=f"mark-slices-{number}")
+        try:
+            progress = await stretch(engine, request, decision, progress)
+        finally:
+            failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
+            progress.hand_over_to(report)
+    return failed + await mark_rest(engine, report, decision, {v.run.id for v in failed})
+
+
+async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decision) -> list[Verdict]:
     """One task run an orphan, side by side. What cannot be marked fails its own task run only."""
+    request = report.request
+    runs = await detect(engine, request, decision)
+    report.saw(runs)
+    if runs:
+        log_detected(runs)
+    if request.dry_run:
+        return []
     at_once = asyncio.Semaphore(POOL_SIZE)
     outage: str | None = None
 
@@ -370,7 +426,9 @@ async def _mark_each(
         log_verdict(verdict, request)
         return verdict
 
-    return list(await asyncio.gather(*(judged(run) for run in runs)))
+    verdicts = await asyncio.gather(*(judged(run) for run in runs))
+    report.judged([v for v in verdicts if v.outcome is not Outcome.FAILED])
+    return [v for v in verdicts if v.outcome is Outcome.FAILED]
 
 
 async def _show(report: SweepReport) -> None:

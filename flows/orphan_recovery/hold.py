@@ -6,7 +6,6 @@ by one person for a limited time, and is closed by the first sweep that sees the
 Orphans outside of it are marked as ever.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -30,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.database import Executor
-from orphan_recovery.detect import Silence, look_at_silence, orphans
+from orphan_recovery.detect import Among, Silence, look_at_silence, orphans
 from orphan_recovery.doubt import Circumstances
 from orphan_recovery.ledger import approvals, hold_runs, holds, verdicts
 from orphan_recovery.report import Held, iso
@@ -53,7 +52,7 @@ class Decision:
 
     held: Held | None
     """What it may not; None if nothing is held."""
-    among: Callable[[RunsTable], ColumnElement[bool]] | None
+    among: Among | None
     """Which orphans may be marked; None for all."""
 
 
@@ -62,7 +61,7 @@ async def decide(
     request: SweepRequest,
     now: Circumstances,
     seen_at: datetime,
-    among: Callable[[RunsTable], ColumnElement[bool]] | None = None,
+    among: Among | None = None,
 ) -> Decision:
     """Hold what looks like too much, close what has recovered. Does not commit.
 
@@ -118,8 +117,8 @@ async def decide(
 def seen_silent(
     request: SweepRequest,
     seen_at: datetime,
-    among: Callable[[RunsTable], ColumnElement[bool]] | None = None,
-) -> Callable[[RunsTable], ColumnElement[bool]]:
+    among: Among | None = None,
+) -> Among:
     """Only what was silent when it was looked at: what falls silent since was not doubted."""
     instant = literal(seen_at, TIMESTAMP(timezone=True))
 

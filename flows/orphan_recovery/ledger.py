@@ -5,7 +5,8 @@ verdict is written in the transaction of its mark, a trigger refuses to change o
 a sweep is closed once. The tables live in a schema of their own, beside the runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from enum import StrEnum
 from importlib.metadata import version
@@ -18,8 +19,10 @@ from sqlalchemy import (
     Interval,
     MetaData,
     ScalarSelect,
+    Subquery,
     Table,
     Text,
+    Update,
     Uuid,
     case,
     func,
@@ -29,6 +32,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, insert
+from sqlalchemy.exc import DBAPIError
 
 from orphan_recovery.database import Executor
 from orphan_recovery.detect import Fleet
@@ -37,6 +41,7 @@ from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.verdict import Outcome, Verdict
 
 SCHEMA: Final = "orphan_recovery"
+_NO_SUCH_TABLE: Final = ("42P01", "3F000")
 DEAD_AFTER: Final = timedelta(hours=1)
 """A sweep that is open and gave no verdict for so long is taken for dead and closed."""
 
@@ -152,6 +157,21 @@ class Ended(StrEnum):
     """No sweep at all: a caller of mark_run_as_crashed brought its own runs."""
 
 
+@asynccontextmanager
+async def ledger_there() -> AsyncIterator[None]:
+    """Say what is to be done where what is asked of the ledger fails because there is none.
+
+    Raises:
+        ConfigurationError: the schema is not there. The transaction is then to be rolled back.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) not in _NO_SUCH_TABLE:
+            raise
+        raise _no_ledger() from error
+
+
 async def require_ledger(db: Executor) -> None:
     """Refuse to go on without a ledger: a mark that leaves no evidence is not made.
 
@@ -159,21 +179,29 @@ async def require_ledger(db: Executor) -> None:
         ConfigurationError: the schema is not there.
     """
     if (await db.execute(select(func.to_regclass(f"{SCHEMA}.verdicts")))).scalar_one() is None:
-        raise ConfigurationError(
-            f"the ledger, schema {SCHEMA!r}, is not in this database: run "
-            "`orphan-recovery migrate`, which creates it"
-        )
+        raise _no_ledger()
 
 
 async def open_sweep(
-    db: Executor, request: SweepRequest, fleet: Fleet, timeline: str | None
+    db: Executor,
+    request: SweepRequest,
+    fleet: Fleet,
+    timeline: str | None,
+    *,
+    nothing_to_do: bool = False,
 ) -> None:
     """Record that a sweep begins, and close those that died. Does not commit.
 
     A second call for the same sweep, after a lost acknowledgement, changes nothing.
+
+    Args:
+        db: a transaction of the caller's.
+        request: the sweep.
+        fleet: what it saw.
+        timeline: of the server's log.
+        nothing_to_do: record in one go that it ended, and found nothing.
     """
-    await _close_the_dead(db)
-    looked = {
+    looked: dict[str, Any] = {
         "in_flight": fleet.in_flight,
         "undatable": fleet.undatable,
         "ahead": fleet.ahead,
@@ -181,7 +209,11 @@ async def open_sweep(
         "timeline": timeline,
         "opened_at": fleet.seen_at,
     }
-    await db.execute(insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing())
+    if nothing_to_do:
+        counts = dict.fromkeys(("detected", "marked", "missed", "failed"), 0)
+        looked |= {**counts, "ended_at": _NOW, "ended_as": Ended.COMPLETED.value}
+    opened = insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing()
+    await db.execute(opened.add_cte(_closing_the_dead().cte("orphan_recovery_dead")))
 
 
 async def note_direct_call(db: Executor, request: SweepRequest) -> None:
@@ -209,7 +241,7 @@ async def close_sweep(
     error: str | None,
     looked_twice: str | None = None,
     hold: UUID | None = None,
-) -> None:
+) -> int:
     """Record how a sweep ended; the counts are the ledger's own. Does not commit.
 
     A sweep that is closed already stays as it is.
@@ -221,22 +253,34 @@ async def close_sweep(
         error: what stopped the sweep before its end, or None.
         looked_twice: why it looked a second time, or None.
         hold: the hold that it stopped at, or None.
+
+    Returns:
+        How many runs it marked: more than it knows of, where an acknowledgement was lost.
     """
     well = Ended.COMPLETED if hold is None else Ended.HELD
-    ended_as = case((_count(Outcome.FAILED) > 0, Ended.FAILED.value), else_=well.value)
-    await db.execute(
+    counts = _tally(request.sweep_id)
+    ended_as = case((counts.c.failed > 0, Ended.FAILED.value), else_=well.value)
+    close = (
         update(sweeps)
-        .where(sweeps.c.sweep_id == request.sweep_id, sweeps.c.ended_at.is_(None))
+        .where(sweeps.c.sweep_id == counts.c.sweep_id, sweeps.c.ended_at.is_(None))
         .values(
-            **_counts(),
+            marked=counts.c.marked,
+            missed=counts.c.missed,
+            failed=counts.c.failed,
             ended_at=_NOW,
             ended_as=ended_as if error is None else Ended.FAILED.value,
-            detected=detected,
+            detected=func.greatest(detected, counts.c.marked + counts.c.missed + counts.c.failed),
             error=error,
             looked_twice=looked_twice,
             hold=hold,
         )
+        .returning(sweeps.c.marked)
     )
+    marked = (await db.execute(close)).scalar_one_or_none()
+    if marked is None:  # it was closed by an earlier try
+        told = select(sweeps.c.marked).where(sweeps.c.sweep_id == request.sweep_id)
+        marked = (await db.execute(told)).scalar_one()
+    return int(marked)
 
 
 async def record_contest(
@@ -269,8 +313,8 @@ async def record_contest(
     return bool((await db.execute(mine)).scalar_one())
 
 
-async def _close_the_dead(db: Executor) -> None:
-    """Close the sweeps that were killed before they could close themselves."""
+def _closing_the_dead() -> Update:
+    """Closes the sweeps that were killed before they could close themselves."""
     long_ago = _NOW - DEAD_AFTER
     gave_a_verdict = (
         select(verdicts.c.run_id)
@@ -282,7 +326,7 @@ async def _close_the_dead(db: Executor) -> None:
         .where(sweeps.c.ended_at.is_(None), sweeps.c.opened_at < long_ago, ~gave_a_verdict)
         .with_for_update(skip_locked=True)  # two sweeps that begin at once do not wait here
     )
-    await db.execute(
+    return (
         update(sweeps)
         .where(sweeps.c.sweep_id.in_(dead))
         .values(
@@ -291,6 +335,13 @@ async def _close_the_dead(db: Executor) -> None:
             ended_as=Ended.DIED.value,
             error="killed before its end; its verdicts stand, and what it left is detected again",
         )
+    )
+
+
+def _no_ledger() -> ConfigurationError:
+    return ConfigurationError(
+        f"the ledger, schema {SCHEMA!r}, is not in this database: run `orphan-recovery migrate`, "
+        "which creates it"
     )
 
 
@@ -342,6 +393,21 @@ def _count(*outcomes: Outcome) -> ScalarSelect[int]:
             or_(*(verdicts.c.outcome == outcome.value for outcome in outcomes)),
         )
         .scalar_subquery()
+    )
+
+
+def _tally(sweep_id: UUID) -> Subquery:
+    """How many verdicts a sweep gave, of each kind; in one pass, for there may be a million."""
+    marked, failed = (verdicts.c.outcome == o.value for o in (Outcome.MARKED, Outcome.FAILED))
+    return (
+        select(
+            literal(sweep_id, verdicts.c.sweep_id.type).label("sweep_id"),
+            func.count().filter(marked).label("marked"),
+            func.count().filter(~marked, ~failed).label("missed"),
+            func.count().filter(failed).label("failed"),
+        )
+        .where(verdicts.c.sweep_id == sweep_id)
+        .subquery()
     )
 
 

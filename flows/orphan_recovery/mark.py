@@ -11,7 +11,6 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
-    CTE,
     ColumnElement,
     FromClause,
     Insert,
@@ -23,17 +22,15 @@ from sqlalchemy import (
     cast,
     column,
     func,
-    insert,
     literal,
-    null,
     or_,
     select,
-    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.selectable import TableValuedAlias
 
+from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
 from orphan_recovery.database import Executor, server_started
 from orphan_recovery.ledger import note_direct_call, record, require_ledger, verdicts
 from orphan_recovery.log import logger
@@ -211,8 +208,8 @@ def _mark(
         select(
             *(column.label(f"key_{n}") for n, column in enumerate(table.key)),
             *([] if table.target.lock is None else [table.lock_key.label("lock_key")]),
-            *(seen.c[name] for name in ("run_id", "reason", *_EVIDENCE)),
-            *(table.text(role).label(role) for role in _WHOSE),
+            *(seen.c[name] for name in ("run_id", "reason", *EVIDENCE)),
+            *(table.text(role).label(role) for role in WHOSE),
         )
         .select_from(table.reads_from(seen))
         .where(*guards(table, request, seen, sweep_id).values())
@@ -220,32 +217,8 @@ def _mark(
         .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
         .cte("orphan_recovery_locked")
     )
-    marked = (
-        update(table.table)
-        .where(*(column == locked.c[f"key_{n}"] for n, column in enumerate(table.key)))
-        .where(table.text("status") == locked.c.status)  # in parts by status, unique with it only
-        .where(*_unheld(table, locked))
-        .values(_crash(table, locked, sweep_id))
-        .returning(
-            # As it was before: the mark may have released its worker.
-            *(locked.c[name] for name in ("run_id", "reason", *_EVIDENCE, *_WHOSE))
-        )
-        .cte("orphan_recovery_marked")
-    )
-    recorded = {
-        "sweep_id": literal(sweep_id, verdicts.c.sweep_id.type),
-        "target": literal(request.target.name),
-        "outcome": literal(Outcome.MARKED.value),
-        "judged_at": _NOW,
-        "silence": _NOW - marked.c.sign_of_life,
-        "status_seen": marked.c.status,
-        **{name: marked.c[name] for name in ("run_id", "reason", *_WHOSE)},
-        **{name: marked.c[name] for name in ("sign_of_life", "evidence", "threshold", "rule")},
-    }
-    return (
-        insert(verdicts)
-        .from_select(list(recorded), select(*recorded.values()))
-        .returning(verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence)
+    return condemn(table, request, locked).returning(
+        verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence
     )
 
 
@@ -286,30 +259,6 @@ def guards(
     }
 
 
-_WHOSE = ("worker_id", "tenant_id", "task")
-_EVIDENCE = ("status", "sign_of_life", "evidence", "threshold", "rule")
-
-
-def _unheld(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:
-    """Where a lock is the evidence: take it. Who lives holds it; who wakes up now has to wait."""
-    if table.target.lock is None:
-        return []
-    return [func.pg_try_advisory_xact_lock(locked.c.lock_key)]
-
-
-def _crash(table: RunsTable, seen: CTE, sweep_id: UUID) -> dict[Any, Any]:
-    """What a crashed row holds: of its columns, those that the table has."""
-    row, facts = table.columns, table.facts
-    values: dict[Any, Any] = {row.status: literal(table.target.crashed, facts["status"].type)}
-    if "success" in facts:
-        values[row.success] = literal(False)
-    if "completed_at" in facts:
-        values[row.completed_at] = table.stored("completed_at", _NOW)
-    if "error" in facts:
-        values[row.error] = table.written("error", cast(_error_text(seen, sweep_id), Text))
-    return {**values, **dict.fromkeys(table.released, null())}
-
-
 def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> TableValuedAlias:
     """The snapshots as a table, one array a column: one plan for one run or a thousand."""
     columns: dict[str, tuple[Any, list[Any]]] = {
@@ -326,24 +275,6 @@ def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> TableValuedAli
     arrays = [literal(values, ARRAY(kind)) for kind, values in columns.values()]
     names = [column(name, kind) for name, (kind, _) in columns.items()]
     return func.unnest(*arrays).table_valued(*names, name="orphan_recovery_seen").render_derived()
-
-
-def _error_text(seen: CTE, sweep_id: UUID) -> ColumnElement[str]:
-    """The reason, and the evidence in a line that a person can read."""
-    at = func.to_char(func.timezone("UTC", seen.c.sign_of_life), "YYYY-MM-DD HH24:MI:SS")
-    silence = func.date_trunc("second", _NOW - seen.c.sign_of_life)
-    return func.concat(
-        seen.c.reason,
-        "; last sign of life ",
-        at,
-        " UTC (",
-        seen.c.evidence,
-        "), silent for ",
-        silence,
-        ", threshold ",
-        seen.c.threshold,
-        f", sweep {sweep_id}",
-    )
 
 
 async def _name_misses(

@@ -1,35 +1,20 @@
 """Recover: the whole sweep without Prefect, for a worker's start-up and for the command line.
 
-The hazard is that one bad row, or one bad moment, costs the rest its recovery. So the sweep goes
-page by page in small transactions, a page that fails is halved until the bad row stands alone,
-and only an outage of the database itself ends it, loudly; what is left is found again by the
-next sweep.
+The hazard is a recovery that keeps a worker from starting: so but for a configuration that cannot
+be used nothing is raised, and the report says what happened.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any
 
-from sqlalchemy import ColumnElement
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery.database import (
-    POOL_SIZE,
-    address,
-    describe,
-    make_engine,
-    transaction,
-)
-from orphan_recovery.detect import detect
+from orphan_recovery.database import address, describe, make_engine
 from orphan_recovery.doubt import Doubt
-from orphan_recovery.mark import log_verdict, mark, mark_one
-from orphan_recovery.policy import is_outage, retrying
+from orphan_recovery.judge import in_transaction, judge_all
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.run import WorkerRun
-from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import (
     ConfigurationError,
     check_threshold,
@@ -40,7 +25,6 @@ from orphan_recovery.sweep import (
     decide_on,
     finish,
     is_enabled,
-    log_detected,
     log_doubt,
     log_end,
     log_start,
@@ -48,20 +32,14 @@ from orphan_recovery.sweep import (
     whoami,
 )
 from orphan_recovery.targets import find_target
-from orphan_recovery.verdict import Outcome, Verdict
-
-T = TypeVar("T")
-
-PAGE: Final = 500
-"""Runs detected, and marked, in one transaction at most."""
 
 
 async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[str, Any]:
     """Detect and mark all orphans: for a worker's start-up, and for operations scripts.
 
     Of the target that is meant by default (see :func:`recover_target` for another). Opens its own
-    connections, commits in batches of at most 500 runs, and may be called by any number of
-    workers at once.
+    connections, commits in batches of a fraction of a second each, and may be called by any
+    number of workers at once.
 
     Args:
         threshold_minutes: the silence that makes an orphan, in whole minutes, at least 1; None
@@ -174,15 +152,18 @@ async def _report_on(request: SweepRequest) -> dict[str, Any]:
 
 
 async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport) -> None:
-    failed: list[Verdict] = []
+    failed = []
     try:
-        look = await _in_transaction(engine, lambda db: begin(db, request))
+        look = await in_transaction(engine, lambda db: begin(db, request))
         report.looked(look.fleet, marked=look.now.marked, contested=look.now.contested)
+        if look.is_idle:  # and closed already
+            return
         if look.doubt is not None and not request.dry_run:
             look = await _look_again(engine, request, report, look, look.doubt)
-        decision = await _in_transaction(engine, lambda db: decide_on(db, report, look))
+        decision = await in_transaction(engine, lambda db: decide_on(db, report, look))
         report.held = decision.held
-        failed = await _judge_all(engine, request, report, decision.among)
+        # What falls silent after the look is not for this sweep.
+        failed = await judge_all(engine, report, decision.among) if look.fleet.orphans else []
     except ConfigurationError:
         raise
     except Exception as error:
@@ -190,7 +171,7 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
     if report.fleet is None:  # it never began, and has nothing to close
         return
     try:
-        report.judged(await _in_transaction(engine, lambda db: finish(db, report, failed)))
+        report.judged(await in_transaction(engine, lambda db: finish(db, report, failed)))
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error)
@@ -206,98 +187,7 @@ async def _look_again(
         return look
     report.looked_twice = str(doubt)
     await asyncio.sleep(doubt.wait.total_seconds())
-    again = await _in_transaction(engine, lambda db: look_again_at(db, request, look))
+    again = await in_transaction(engine, lambda db: look_again_at(db, request, look))
     if again.doubt is None:
         return again
     return await _look_again(engine, request, report, again, again.doubt)
-
-
-async def _judge_all(
-    engine: AsyncEngine,
-    request: SweepRequest,
-    report: SweepReport,
-    among: Callable[[RunsTable], ColumnElement[bool]] | None,
-) -> list[Verdict]:
-    """Detect and mark page by page. Returns the failures, which are yet to be settled."""
-    held: list[WorkerRun] = []
-    failed: list[Verdict] = []
-    last: WorkerRun | None = None
-    while request.limit is None or report.detected < request.limit:
-        size = PAGE if request.limit is None else min(PAGE, request.limit - report.detected)
-
-        next_page = partial(detect, request=request, after=last, page=size, among=among)
-        page = await _in_transaction(engine, next_page)
-        if not page:
-            break
-        last = page[-1]
-        report.saw(page)
-        log_detected(page)
-        if not request.dry_run:
-            verdicts = await _mark_page(engine, request, page)
-            held += [run for run, verdict in zip(page, verdicts, strict=True) if verdict is None]
-            given = [verdict for verdict in verdicts if verdict is not None]
-            failed += [v for v in given if v.outcome is Outcome.FAILED]
-            report.judged([v for v in given if v.outcome is not Outcome.FAILED])
-    # Last, so that a row which somebody holds for long delays no other.
-    waiting = asyncio.Semaphore(POOL_SIZE)
-    for verdict in await asyncio.gather(
-        *(_mark_held(engine, request, run, waiting) for run in held)
-    ):
-        if verdict.outcome is Outcome.FAILED:
-            failed.append(verdict)
-        else:
-            report.judged([verdict])
-    return failed
-
-
-async def _mark_page(
-    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
-) -> list[Verdict | None]:
-    """Mark a page in one transaction; if it fails, its halves, down to the one bad row."""
-
-    try:
-        verdicts = await _in_transaction(
-            engine, lambda db: mark(db, request, runs, skip_locked=True)
-        )
-    except Exception as error:
-        if is_outage(error):
-            raise
-        if len(runs) == 1:
-            return [_failure(request, runs[0], error)]
-        middle = len(runs) // 2
-        first = await _mark_page(engine, request, runs[:middle])
-        return first + await _mark_page(engine, request, runs[middle:])
-    for verdict in verdicts:
-        if verdict is not None:
-            log_verdict(verdict, request)
-    return verdicts
-
-
-async def _mark_held(
-    engine: AsyncEngine, request: SweepRequest, run: WorkerRun, at_once: asyncio.Semaphore
-) -> Verdict:
-    """Mark a run whose row somebody held, waiting for it this time."""
-    async with at_once:
-        try:
-            verdict = await _in_transaction(engine, lambda db: mark_one(db, request, run))
-        except Exception as error:
-            return _failure(request, run, error)
-    log_verdict(verdict, request)
-    return verdict
-
-
-async def _in_transaction(
-    engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]
-) -> T:
-    """Do ``work`` in a transaction of its own; all of it again while the error is transient."""
-    async for attempt in retrying():
-        with attempt:
-            async with transaction(engine) as connection:
-                result = await work(connection)
-    return result
-
-
-def _failure(request: SweepRequest, run: WorkerRun, error: Exception) -> Verdict:
-    verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-    log_verdict(verdict, request)
-    return verdict

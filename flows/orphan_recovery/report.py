@@ -80,6 +80,12 @@ class SweepReport:
             if len(self._verdicts) < SHOWN or verdict.outcome is Outcome.FAILED:
                 self._verdicts.append(verdict)
 
+    def heard_of(self, marked: int) -> None:
+        """Take the ledger's count of marks, where acknowledgements of whole slices were lost."""
+        unheard = max(0, marked - self.recovered)
+        self.counts[Outcome.MARKED] += unheard
+        self.detected += unheard
+
     def looked(self, fleet: Fleet, *, marked: int, contested: int) -> None:
         """Keep what the sweep saw before it judged; verdicts of the last 30 days."""
         self.fleet = fleet

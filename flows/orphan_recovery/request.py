@@ -90,8 +90,12 @@ class SweepRequest:
 
     def reason_for(self, run: WorkerRun) -> str:
         """What the error text of ``run`` begins with: who asked comes before the run's rule."""
-        if self.reason == DEFAULT_REASON and run.rule_reason:
-            return run.rule_reason
+        return self.reason_by(run.rule_reason)
+
+    def reason_by(self, rule_reason: str | None) -> str:
+        """The same, for a run whose rule has that reason."""
+        if self.reason == DEFAULT_REASON and rule_reason:
+            return rule_reason
         return self.reason
 
     @property

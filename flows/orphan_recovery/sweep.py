@@ -24,7 +24,7 @@ from orphan_recovery.doubt import (
     look_at_server,
 )
 from orphan_recovery.hold import Decision, decide, seen_silent
-from orphan_recovery.ledger import close_sweep, open_sweep, require_ledger
+from orphan_recovery.ledger import close_sweep, ledger_there, open_sweep
 from orphan_recovery.log import logger
 from orphan_recovery.mark import settle
 from orphan_recovery.report import SweepReport
@@ -32,7 +32,7 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable, runs_table
 from orphan_recovery.settings import ENABLED_VARIABLE, load_settings
-from orphan_recovery.verdict import Verdict
+from orphan_recovery.verdict import Outcome, Verdict
 
 
 def is_enabled() -> bool:
@@ -58,6 +58,11 @@ class Look:
     waited: timedelta = timedelta(0)
     """How long the sweep has waited for it in all."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to judge and nothing to close: the common case."""
+        return self.silence is None and not self.now.open_holds
+
     def may_wait_for(self, doubt: Doubt) -> bool:
         """Whether the sweep can wait for that; else it is left to the next one."""
         return self.waited + doubt.wait <= LONGEST_WAIT
@@ -72,9 +77,8 @@ async def begin(db: Executor, request: SweepRequest) -> Look:
         ConfigurationError: the table or the ledger is not there, or the database is a standby.
     """
     await runs_table(db, request.target)  # a description that does not fit is the first to tell
-    if not request.dry_run:
-        await require_ledger(db)
-    now = await look_at_circumstances(db, request)
+    async with ledger_there():
+        now = await look_at_circumstances(db, request)
     look = await look_at(db, request, now)
     fleet = look.fleet
     if fleet.undatable:
@@ -85,7 +89,7 @@ async def begin(db: Executor, request: SweepRequest) -> Look:
             extra={"count": fleet.ahead, "worker_ids": fleet.ahead_workers},
         )
     if not request.dry_run:
-        await open_sweep(db, request, fleet, now.timeline)
+        await open_sweep(db, request, fleet, now.timeline, nothing_to_do=look.is_idle)
     return look
 
 
@@ -125,7 +129,7 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
     request = report.request
     if request.dry_run:
         return Decision(None, None)
-    if look.silence is None and not look.now.open_holds:
+    if look.is_idle:
         return Decision(None, seen_silent(request, look.fleet.seen_at))
     if report.postponed:
         return _logged(
@@ -152,7 +156,7 @@ async def finish(db: Executor, report: SweepReport, failed: list[Verdict]) -> li
     if request.dry_run:
         return []
     settled = await settle(db, request, failed)
-    await close_sweep(
+    marked = await close_sweep(
         db,
         request,
         detected=report.detected,
@@ -160,6 +164,8 @@ async def finish(db: Executor, report: SweepReport, failed: list[Verdict]) -> li
         looked_twice=report.looked_twice or report.postponed,
         hold=report.held.hold_id if report.held else None,
     )
+    late = sum(verdict.outcome is Outcome.MARKED for verdict in settled)
+    report.heard_of(marked - late)
     return settled
 
 

@@ -1,0 +1,99 @@
+"""Condemn: what a mark writes, into the row and into the ledger, by one statement.
+
+The hazard is a mark without its evidence, or evidence of a mark that never was. So the ledger's
+row is made from what the update returned, in the same statement, and from the row as it was
+under its lock.
+"""
+
+from typing import Any, Final
+
+from sqlalchemy import CTE, ColumnElement, Insert, Text, cast, func, insert, literal, null, update
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+
+from orphan_recovery.ledger import verdicts
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.runs import RunsTable
+from orphan_recovery.verdict import Outcome
+
+WHOSE: Final = ("worker_id", "tenant_id", "task")
+EVIDENCE: Final = ("status", "sign_of_life", "evidence", "threshold", "rule")
+
+_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
+
+
+def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> Insert:
+    """Mark the rows of ``locked`` as crashed, and record it. Nothing is executed here.
+
+    Args:
+        table: the runs.
+        request: the sweep whose verdict it is.
+        locked: what was judged, locked in this statement: ``key_0`` and so on, ``lock_key`` where
+            a lock is the evidence, ``run_id``, ``reason``, and the columns of ``WHOSE`` and
+            ``EVIDENCE``, in the row's own words.
+
+    Returns:
+        The statement, which has ``locked`` and the update in it, and returns nothing yet.
+    """
+    marked = (
+        update(table.table)
+        .where(*(column == locked.c[f"key_{n}"] for n, column in enumerate(table.key)))
+        .where(table.text("status") == locked.c.status)  # in parts by status, unique with it only
+        .where(*_unheld(table, locked))
+        .values(_crash(table, request, locked))
+        .returning(
+            # As it was before: the mark may have released its worker.
+            *(locked.c[name] for name in ("run_id", "reason", *EVIDENCE, *WHOSE))
+        )
+        .cte("orphan_recovery_marked")
+    )
+    recorded = {
+        "sweep_id": literal(request.sweep_id, verdicts.c.sweep_id.type),
+        "target": literal(request.target.name),
+        "outcome": literal(Outcome.MARKED.value),
+        "judged_at": _NOW,
+        "silence": _NOW - marked.c.sign_of_life,
+        "status_seen": marked.c.status,
+        **{name: marked.c[name] for name in ("run_id", "reason", *WHOSE)},
+        **{name: marked.c[name] for name in ("sign_of_life", "evidence", "threshold", "rule")},
+    }
+    # From a select of its own, so that the update is in it once.
+    rows = marked.select().with_only_columns(*recorded.values())
+    return insert(verdicts).from_select(list(recorded), rows)
+
+
+def _unheld(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:
+    """Where a lock is the evidence: take it. Who lives holds it; who wakes up now has to wait."""
+    if table.target.lock is None:
+        return []
+    return [func.pg_try_advisory_xact_lock(locked.c.lock_key)]
+
+
+def _crash(table: RunsTable, request: SweepRequest, locked: CTE) -> dict[Any, Any]:
+    """What a crashed row holds: of its columns, those that the table has."""
+    row, facts = table.columns, table.facts
+    values: dict[Any, Any] = {row.status: literal(table.target.crashed, facts["status"].type)}
+    if "success" in facts:
+        values[row.success] = literal(False)
+    if "completed_at" in facts:
+        values[row.completed_at] = table.stored("completed_at", _NOW)
+    if "error" in facts:
+        values[row.error] = table.written("error", cast(_error_text(request, locked), Text))
+    return {**values, **dict.fromkeys(table.released, null())}
+
+
+def _error_text(request: SweepRequest, locked: CTE) -> ColumnElement[str]:
+    """The reason, and the evidence in a line that a person can read."""
+    at = func.to_char(func.timezone("UTC", locked.c.sign_of_life), "YYYY-MM-DD HH24:MI:SS")
+    silence = func.date_trunc("second", _NOW - locked.c.sign_of_life)
+    return func.concat(
+        locked.c.reason,
+        "; last sign of life ",
+        at,
+        " UTC (",
+        locked.c.evidence,
+        "), silent for ",
+        silence,
+        ", threshold ",
+        locked.c.threshold,
+        f", sweep {request.sweep_id}",
+    )

@@ -1,0 +1,261 @@
+"""Judge: mark all that a sweep may mark; in slices, then page by page what those passed over.
+
+The hazard is that one bad row, or one bad moment, costs the rest its recovery. So all is done in
+small transactions, each of them tried again while its error is transient; what fails is halved
+until the bad row stands alone; a row that somebody holds is waited for last; and only an outage
+of the database itself ends it, loudly. What is left is found again by the next sweep.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from orphan_recovery.database import POOL_SIZE, describe, transaction
+from orphan_recovery.detect import Among, detect
+from orphan_recovery.log import logger
+from orphan_recovery.mark import log_verdict, mark, mark_one
+from orphan_recovery.policy import is_outage, retrying
+from orphan_recovery.report import SHOWN, SweepReport
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.run import WorkerRun
+from orphan_recovery.slices import Position, is_sliceable, look_at_slice, position_of, take_slice
+from orphan_recovery.sweep import log_detected
+from orphan_recovery.verdict import Outcome, Verdict
+
+T = TypeVar("T")
+
+PAGE: Final = 500
+"""Runs detected, and marked, in one transaction of the page by page way."""
+LARGEST_SLICE: Final = 20_000
+LONG, SHORT = 0.5, 0.2
+"""In seconds: a slice that takes longer makes the next one half as large, a quicker one larger;
+so no row is locked for a second, however slow the disk."""
+PATIENCE: Final = 10
+"""Rounds in which rows that others hold, such as another sweep's slice, are looked at anew before
+each of them is waited for by itself."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far slices have come, and what they did since it was asked last."""
+
+    after: Position | None = None
+    size: int = SHOWN
+    show: int = SHOWN
+    """Runs that are still to be shown one by one."""
+    is_through: bool = False
+    detected: int = 0
+    marked: int = 0
+    """Of those that are not among the verdicts."""
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def hand_over_to(self, report: SweepReport) -> None:
+        """Tell the report, and begin to count anew."""
+        report.detected += self.detected
+        report.judged([v for v in self.verdicts if v.outcome is not Outcome.FAILED])
+        report.counts[Outcome.MARKED] += self.marked
+        self.detected, self.marked, self.verdicts = 0, 0, []
+
+
+async def judge_all(engine: AsyncEngine, report: SweepReport, among: Among | None) -> list[Verdict]:
+    """Mark all that a sweep may mark.
+
+    Args:
+        engine: where the runs are.
+        report: is told of every verdict but the failures.
+        among: only runs for which this holds.
+
+    Returns:
+        The failures, which are yet to be settled.
+    """
+    request, failed = report.request, list[Verdict]()
+    if await in_transaction(engine, partial(is_sliceable, request=request)):
+        progress = Progress()
+        while not progress.is_through:
+            await judge_slice(engine, request, progress, among)
+            failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
+            progress.hand_over_to(report)
+    return failed + await judge_pages(engine, report, among, {v.run.id for v in failed})
+
+
+async def judge_slice(
+    engine: AsyncEngine, request: SweepRequest, progress: Progress, among: Among | None
+) -> None:
+    """Mark the next slice, or, if it cannot be marked as one, its first page row by row."""
+    size, after, shown = progress.size, progress.after, progress.show > 0
+    if request.target.lock is not None:  # each takes a place among the server's locks
+        size = min(size, PAGE)
+    size = min(size, progress.show) if shown else size
+    began = time.monotonic()
+    try:
+        part = await in_transaction(
+            engine,
+            partial(take_slice, request=request, size=size, after=after, among=among, shown=shown),
+        )
+    except Exception as error:
+        if is_outage(error):
+            raise
+        await _judge_page_of(engine, request, progress, among, error)
+        return
+    took = time.monotonic() - began
+    progress.is_through = part.taken < size
+    progress.after = part.last or after
+    progress.detected += part.taken
+    progress.marked += part.marked - len(part.verdicts)
+    progress.verdicts += part.verdicts
+    progress.show -= len(part.runs)
+    if took > LONG:
+        progress.size = max(PAGE, progress.size // 2)
+    elif took < SHORT:
+        progress.size = min(LARGEST_SLICE, progress.size * 2)
+    if part.runs:
+        log_detected(part.runs)
+    for verdict in part.verdicts:
+        log_verdict(verdict, request)
+    if part.marked and not shown:
+        fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
+        logger.warning("orphan_runs_marked_crashed", extra={**fields, "count": part.marked})
+
+
+async def _judge_page_of(
+    engine: AsyncEngine,
+    request: SweepRequest,
+    progress: Progress,
+    among: Among | None,
+    error: Exception,
+) -> None:
+    look = partial(look_at_slice, request=request, size=PAGE, after=progress.after, among=among)
+    page = await in_transaction(engine, look)
+    if not page:  # then it was none of the rows
+        raise error
+    log_detected(page)
+    given = [v for v in await _mark_page(engine, request, page) if v is not None]
+    progress.is_through = len(page) < PAGE
+    progress.after = position_of(page[-1])
+    progress.detected += len(given)  # a row that somebody holds comes up again
+    progress.verdicts += given
+    progress.show -= len(given)
+
+
+async def judge_pages(
+    engine: AsyncEngine, report: SweepReport, among: Among | None, tried: set[str]
+) -> list[Verdict]:
+    """Mark page by page, longest silence first, naming whatever is left alone.
+
+    Args:
+        engine: where the runs are.
+        report: is told of every verdict but the failures; a dry run, of the orphans.
+        among: only runs for which this holds.
+        tried: runs that failed already.
+
+    Returns:
+        The failures, which are yet to be settled.
+    """
+    request, failed = report.request, list[Verdict]()
+    for patience in reversed(range(PATIENCE)):
+        held = await _judge_each_page(engine, report, among, tried, failed)
+        if len(held) <= POOL_SIZE or not patience:
+            break
+        await asyncio.sleep(0.2)
+    report.saw(held)
+    # Last, so that a row which somebody holds for long delays no other.
+    at_once = asyncio.Semaphore(POOL_SIZE)
+    waiting = (_mark_held(engine, request, run, at_once) for run in held)
+    given = await asyncio.gather(*waiting)
+    report.judged([v for v in given if v.outcome is not Outcome.FAILED])
+    return failed + [v for v in given if v.outcome is Outcome.FAILED]
+
+
+async def _judge_each_page(
+    engine: AsyncEngine,
+    report: SweepReport,
+    among: Among | None,
+    tried: set[str],
+    failed: list[Verdict],
+) -> list[WorkerRun]:
+    """One pass. Returns the runs whose rows somebody holds."""
+    request, held = report.request, list[WorkerRun]()
+    last: WorkerRun | None = None
+    while (room := _room(report, held)) > 0:
+        look = partial(detect, request=request, after=last, page=room, among=among)
+        page = await in_transaction(engine, look)
+        if not page:
+            break
+        last = page[-1]
+        page = [run for run in page if run.id not in tried]
+        if request.dry_run:
+            report.saw(page)
+            continue
+        verdicts = await _mark_page(engine, request, page) if page else []
+        pairs = list(zip(page, verdicts, strict=True))
+        judged = [run for run, verdict in pairs if verdict is not None]
+        held += [run for run, verdict in pairs if verdict is None]
+        report.saw(judged)
+        if judged:
+            log_detected(judged)
+        given = [verdict for verdict in verdicts if verdict is not None]
+        failed += [v for v in given if v.outcome is Outcome.FAILED]
+        tried |= {v.run.id for v in given}
+        report.judged([v for v in given if v.outcome is not Outcome.FAILED])
+    return held
+
+
+def _room(report: SweepReport, held: list[WorkerRun]) -> int:
+    """How many runs the next page may have."""
+    limit = report.request.limit
+    return PAGE if limit is None else min(PAGE, limit - report.detected - len(held))
+
+
+async def _mark_page(
+    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
+) -> list[Verdict | None]:
+    """Mark a page in one transaction; if it fails, its halves, down to the one bad row."""
+    try:
+        verdicts = await in_transaction(
+            engine, lambda db: mark(db, request, runs, skip_locked=True)
+        )
+    except Exception as error:
+        if is_outage(error):
+            raise
+        if len(runs) == 1:
+            return [_failure(request, runs[0], error)]
+        middle = len(runs) // 2
+        first = await _mark_page(engine, request, runs[:middle])
+        return first + await _mark_page(engine, request, runs[middle:])
+    for verdict in verdicts:
+        if verdict is not None:
+            log_verdict(verdict, request)
+    return verdicts
+
+
+async def _mark_held(
+    engine: AsyncEngine, request: SweepRequest, run: WorkerRun, at_once: asyncio.Semaphore
+) -> Verdict:
+    """Mark a run whose row somebody held, waiting for it this time."""
+    async with at_once:
+        try:
+            verdict = await in_transaction(engine, lambda db: mark_one(db, request, run))
+        except Exception as error:
+            return _failure(request, run, error)
+    log_verdict(verdict, request)
+    return verdict
+
+
+async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """Do ``work`` in a transaction of its own; all of it again while the error is transient."""
+    async for attempt in retrying():
+        with attempt:
+            async with transaction(engine) as connection:
+                result = await work(connection)
+    return result
+
+
+def _failure(request: SweepRequest, run: WorkerRun, error: Exception) -> Verdict:
+    verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
+    log_verdict(verdict, request)
+    return verdict

@@ -1,0 +1,242 @@
+"""Slices: detect, judge, mark and record many orphans in one statement, on the server.
+
+The hazard is speed that looks less carefully. So a slice has detection's own predicate, which
+holds against each row as it stands under its lock; a row that somebody else holds is passed over,
+and comes up again when the slices are through; and what a mark writes is what it always writes.
+Only counts travel, but for the first runs of a sweep, which its report shows one by one.
+"""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Select,
+    Text,
+    case,
+    func,
+    literal,
+    select,
+    true,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+
+from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
+from orphan_recovery.database import Executor
+from orphan_recovery.detect import Among, orphans, snapshot
+from orphan_recovery.ledger import verdicts
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.rules import in_words, reason_of, shortest
+from orphan_recovery.run import WorkerRun
+from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.verdict import Outcome, Verdict
+
+_AWARE = TIMESTAMP(timezone=True)
+_NOW = func.statement_timestamp(type_=_AWARE)
+_EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
+"""What is older than Python can tell is left to the page by page way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a slice ended, in the order of the index: by creation, then by key."""
+
+    created_at: datetime
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What one slice did."""
+
+    taken: int
+    """Orphans that it locked; fewer than asked for: there are no more."""
+    marked: int
+    """Those of them that stand crashed by it."""
+    last: Position | None
+    """Where it ended; None if it took none."""
+    verdicts: list[Verdict] = field(default_factory=list)
+    """Of the marked ones, where they were to be shown."""
+    runs: list[WorkerRun] = field(default_factory=list)
+    """Of the taken ones, likewise."""
+
+
+async def is_sliceable(db: Executor, request: SweepRequest) -> bool:
+    """Whether slices are a way for this sweep.
+
+    They go by creation, so they are none where the longest silence comes first. And a statement
+    sees another table as it was when the statement began, a row as it is under its lock: where
+    signs of life are kept elsewhere, the two are looked at one after the other.
+    """
+    table = await runs_table(db, request.target)
+    ordered = request.limit is not None
+    return table.has("created_at") and not table.elsewhere and not ordered and not request.dry_run
+
+
+async def take_slice(
+    db: Executor,
+    request: SweepRequest,
+    *,
+    size: int,
+    after: Position | None,
+    among: Among | None,
+    shown: bool,
+) -> Slice:
+    """Mark the next orphans, in the order in which they were created. Does not commit.
+
+    Args:
+        db: a transaction of the caller's, READ COMMITTED; its planner is told for its rest to
+            take rows one by one, since a slice is a small part of any table that needs slices.
+        request: the sweep; it must be in the ledger.
+        size: at most so many.
+        after: go on behind this one.
+        among: only runs for which this holds.
+        shown: return the verdicts too, and not their number alone.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.
+    """
+    table = await runs_table(db, request.target)
+    await db.execute(
+        select(*(func.set_config(f"enable_{how}", "off", True) for how in _NOT_FOR_SLICES))
+    )
+    locked = _candidates(table, request, after, among, shown).limit(size)
+    locked = locked.with_for_update(of=table.table, key_share=True, skip_locked=True)
+    statement = (_each if shown else _counted)(locked, table, request)
+    rows = list((await db.execute(statement)).mappings())
+    if shown:
+        return _shown(request, [dict(row) for row in rows])
+    [row] = rows
+    last = Position(row["created_at"].astimezone(UTC), row["run_id"]) if row["taken"] else None
+    return Slice(row["taken"], row["marked"], last)
+
+
+async def look_at_slice(
+    db: Executor, request: SweepRequest, *, size: int, after: Position | None, among: Among | None
+) -> list[WorkerRun]:
+    """The orphans that the next slice would take, as detection sees them. Reads only."""
+    table = await runs_table(db, request.target)
+    statement = _candidates(table, request, after, among, shown=True).limit(size)
+    rows = (await db.execute(statement)).mappings()
+    names = orphans(table, request).selected_columns.keys()
+    return [snapshot(request, {name: row[name] for name in names}) for row in rows]
+
+
+_NOT_FOR_SLICES: Final = ("hashjoin", "mergejoin", "seqscan", "bitmapscan", "sort")
+
+
+def _candidates(
+    table: RunsTable,
+    request: SweepRequest,
+    after: Position | None,
+    among: Among | None,
+    shown: bool,
+) -> Select[Any]:
+    """Detection's statement in the order of the index, with what the mark needs besides."""
+    created = table.columns.created_at
+    found = orphans(table, request)
+    number = found.selected_columns.rule
+    if not shown:
+        needed = {"id", "status", "sign_of_life", "evidence", "threshold", "created_at", *WHOSE}
+        found = found.with_only_columns(*(c for c in found.selected_columns if c.key in needed))
+    rules = range(len(table.target.rules) + 1)
+    found = (
+        found.add_columns(
+            *(column.label(f"key_{n}") for n, column in enumerate(table.key)),
+            *([] if table.target.lock is None else [table.lock_key.label("lock_key")]),
+            _by_number(number, {n: in_words(request, n) for n in rules}).label("rule_in_words"),
+            _by_number(
+                number, {n: request.reason_by(reason_of(table.target, n)) for n in rules}
+            ).label("reason"),
+        )
+        .where(created >= table.stored("created_at", literal(_EARLIEST, _AWARE)))
+        .where(created <= table.stored("created_at", _NOW - shortest(request)))
+        .order_by(None)
+        .order_by(created, *table.key)
+    )
+    if among is not None:
+        found = found.where(among(table))
+    if after is not None:
+        where = table.stored("created_at", literal(after.created_at, _AWARE))
+        last = (where, *table.key_of(literal(after.run_id, Text)))
+        found = found.where(tuple_(created, *table.key) > tuple_(*last))
+    return found
+
+
+def _by_number(number: ColumnElement[int], told: dict[int, str]) -> ColumnElement[str]:
+    texts = {n: literal(text, Text) for n, text in told.items()}
+    if len(set(told.values())) == 1:
+        return texts[0]
+    return case(*((number == literal(n, Integer), text) for n, text in texts.items()))
+
+
+def _each(candidates: Select[Any], table: RunsTable, request: SweepRequest) -> Select[Any]:
+    """One row for each orphan that was taken, with whether it was marked."""
+    locked = candidates.cte("orphan_recovery_taken")
+    recorded = _recorded(locked, table, request).returning(
+        verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence
+    )
+    done = recorded.cte("orphan_recovery_recorded")
+    names = [column for column in locked.c if column.key[:4] != "key_"]
+    return (
+        select(*names, done.c.judged_at.label("judged_at"), done.c.silence.label("judged_silence"))
+        .select_from(locked.join(done, done.c.run_id == locked.c.id, isouter=True))
+        .order_by(locked.c.created_at, *(locked.c[f"key_{n}"] for n, _ in enumerate(table.key)))
+    )
+
+
+def _counted(candidates: Select[Any], table: RunsTable, request: SweepRequest) -> Select[Any]:
+    """One row in all: how many, how many of them were marked, and where it ended."""
+    locked = candidates.cte("orphan_recovery_taken")
+    done = _recorded(locked, table, request).returning(verdicts.c.run_id)
+    recorded = done.cte("orphan_recovery_recorded")
+    keys = [locked.c[f"key_{n}"] for n, _ in enumerate(table.key)]
+    last = (
+        select(locked.c.created_at, locked.c.id)
+        .order_by(locked.c.created_at.desc(), *(key.desc() for key in keys))
+        .limit(1)
+        .subquery()
+    )
+    counts = select(
+        select(func.count()).select_from(locked).scalar_subquery().label("taken"),
+        select(func.count()).select_from(recorded).scalar_subquery().label("marked"),
+    ).subquery()
+    return select(
+        counts.c.taken, counts.c.marked, last.c.created_at, last.c.id.label("run_id")
+    ).select_from(counts.join(last, true(), isouter=True))
+
+
+def _recorded(locked: Any, table: RunsTable, request: SweepRequest) -> Any:
+    """The mark, on what it reads by the names that it knows."""
+    judged = select(
+        *(locked.c[f"key_{n}"] for n, _ in enumerate(table.key)),
+        *([] if table.target.lock is None else [locked.c.lock_key]),
+        locked.c.id.label("run_id"),
+        locked.c.rule_in_words.label("rule"),
+        *(locked.c[name] for name in ("reason", *EVIDENCE, *WHOSE) if name != "rule"),
+    ).cte("orphan_recovery_judged")
+    return condemn(table, request, judged)
+
+
+def _shown(request: SweepRequest, rows: list[dict[str, Any]]) -> Slice:
+    runs, given = [], []
+    for row in rows:
+        judged_at, silence = row.pop("judged_at"), row.pop("judged_silence")
+        for name in ("rule_in_words", "reason", "lock_key"):
+            row.pop(name, None)
+        run = snapshot(request, row)
+        runs.append(run)
+        if judged_at is not None:
+            verdict = Verdict(run=run, outcome=Outcome.MARKED, judged_at=judged_at, silence=silence)
+            given.append(verdict)
+    last = position_of(runs[-1]) if runs else None
+    return Slice(len(runs), len(given), last, given, runs)
+
+
+def position_of(run: WorkerRun) -> Position:
+    """Where to go on behind a run that a slice took."""
+    assert run.created_at is not None  # noqa: S101 - slices are taken by it
+    return Position(run.created_at, run.id)

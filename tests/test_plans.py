@@ -1,0 +1,132 @@
+"""Query plans: what a sweep costs follows what is in flight, however large the table.
+
+Plans are judged, not times: an index is used, no statement reads the whole table, none sorts all
+that is in flight.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from orphan_recovery import judge
+from orphan_recovery.recover import run_sweep
+from orphan_recovery.request import SweepRequest
+from support import Database
+
+ROWS, IN_FLIGHT, ORPHANS = 60_000, 2_000, 50
+
+Plan = dict[str, Any]
+
+
+@pytest.fixture
+def large(db: Database) -> Database:
+    """A table of which most has ended long ago, in the same pages as what has not."""
+    db.do(
+        "INSERT INTO worker_runs (id, status, worker_id, created_at, completed_at) SELECT"
+        " md5(n::text), CASE WHEN n % 30 = 0 THEN 'running' ELSE 'completed' END,"
+        " 'worker-' || n % 50, CASE WHEN n % 1200 = 0 THEN now() - interval '2 hours'"
+        " WHEN n % 30 = 0 THEN now() - interval '1 minute' ELSE now() - interval '9 days' END,"
+        " CASE WHEN n % 30 <> 0 THEN now() END FROM generate_series(1, 60000) n"
+    )
+    db.do("VACUUM ANALYZE worker_runs")
+    db.do("ANALYZE orphan_recovery.verdicts")
+    return db
+
+
+@pytest.fixture
+def plans() -> Iterator[dict[str, list[Plan]]]:
+    """Of each statement that is executed from now on, by its beginning: what it did."""
+    found: dict[str, list[Plan]] = {}
+
+    def explain(connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        if "worker_runs" not in statement or statement.startswith("EXPLAIN"):
+            return
+        own = connection.connection.cursor()
+        own.execute("SAVEPOINT before")
+        own.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", values)
+        [(told,)] = own.fetchall()
+        own.execute("ROLLBACK TO before")
+        own.close()
+        whole = told if isinstance(told, list) else json.loads(told)
+        found.setdefault(statement, []).append(whole[0]["Plan"])
+
+    event.listen(Engine, "before_cursor_execute", explain)
+    yield found
+    event.remove(Engine, "before_cursor_execute", explain)
+
+
+def nodes(plan: Plan) -> Iterator[Plan]:
+    yield plan
+    for below in plan.get("Plans", ()):
+        yield from nodes(below)
+
+
+def seen(node: Plan) -> int:
+    """How many rows a node looked at, whether or not it let them through."""
+    dropped = node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
+    return int((node["Actual Rows"] + dropped) * node["Actual Loops"])
+
+
+def judge_plans(plans: dict[str, list[Plan]], *, sorted_at_most: int) -> None:
+    every = [node for found in plans.values() for plan in found for node in nodes(plan)]
+    scans = [node for node in every if "Scan" in node["Node Type"]]
+    reads = [node for node in scans if node.get("Relation Name") == "worker_runs"]
+    assert reads
+    assert "Seq Scan" not in {node["Node Type"] for node in reads}
+    assert max(map(seen, reads)) <= IN_FLIGHT
+    for node in every:
+        if "Sort" in node["Node Type"]:
+            [below] = [n for n in node["Plans"] if n["Parent Relationship"] == "Outer"]
+            assert below["Actual Rows"] * below["Actual Loops"] <= sorted_at_most, node
+
+
+async def test_an_idle_sweep_reads_what_is_in_flight_once_by_its_index(
+    large: Database, plans: dict[str, list[Plan]]
+) -> None:
+    large.do(
+        "UPDATE worker_runs SET heartbeat_at = now() WHERE status = 'running'"
+        " AND created_at < now() - interval '1 hour'"
+    )
+    report = await run_sweep(SweepRequest(asked_by="test"))
+    assert (report.error, report.detected) == (None, 0)
+    assert len(plans) == 1
+    judge_plans(plans, sorted_at_most=0)
+
+
+@pytest.mark.parametrize("limit", [None, 10_000], ids=["slices", "page by page"])
+async def test_a_sweep_reads_only_what_is_in_flight_and_sorts_only_orphans(
+    large: Database, plans: dict[str, list[Plan]], limit: int | None
+) -> None:
+    report = await run_sweep(SweepRequest(asked_by="test", limit=limit))
+    assert (report.error, report.recovered) == (None, ORPHANS)
+    assert len(plans) >= 4
+    judge_plans(plans, sorted_at_most=IN_FLIGHT)
+
+
+async def test_the_slice_goes_along_the_index(
+    large: Database, plans: dict[str, list[Plan]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from its start each time, and without a sort: what is passed once is not read again."""
+    monkeypatch.setattr(judge, "Progress", partial(judge.Progress, size=500, show=0))
+    monkeypatch.setattr(judge, "SHORT", 0.0)
+    large.do(
+        "UPDATE worker_runs SET created_at = created_at - n * interval '1 second' FROM"
+        " (SELECT id, 3600 + row_number() OVER (ORDER BY id) AS n FROM worker_runs) AS numbered"
+        " WHERE worker_runs.id = numbered.id AND status = 'running'"
+    )
+    large.do("VACUUM ANALYZE worker_runs")
+    report = await run_sweep(SweepRequest(asked_by="test"))
+    assert report.recovered == IN_FLIGHT
+    slices = [found for text, found in plans.items() if "orphan_recovery_taken" in text]
+    every = [list(nodes(plan)) for found in slices for plan in found]
+    assert len(every) == IN_FLIGHT // 500 + 1
+    for of_slice in every:
+        assert not [n for n in of_slice if n["Node Type"] == "Incremental Sort"]
+        along = [n for n in of_slice if n.get("Index Name") == "worker_runs_in_flight"]
+        assert len(along) == 1
+        assert seen(along[0]) <= 500

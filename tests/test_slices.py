@@ -1,0 +1,265 @@
+"""Slices: thousands at a time, and each orphan looked at as carefully as one by itself."""
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orphan_recovery import detect_orphaned_runs, judge, mark_run_as_crashed
+from orphan_recovery.recover import run_sweep
+from orphan_recovery.report import SweepReport
+from orphan_recovery.request import SweepRequest
+from support import Database, until
+from tables_support import configure
+from tables_support import sweep as sweep_of
+
+
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """From now on slices have this size, and only so many runs of a sweep are shown one by one."""
+
+    def of(size: int, *, show: int = 0) -> None:
+        monkeypatch.setattr(judge, "Progress", partial(judge.Progress, size=size, show=show))
+        monkeypatch.setattr(judge, "SHORT", 0.0)  # they do not grow
+
+    return of
+
+
+async def sweep(**asked: Any) -> SweepReport:
+    return await run_sweep(SweepRequest(asked_by="test", **asked))
+
+
+def told_of(db: Database, run: str) -> dict[str, Any]:
+    """What a mark left in the row and in the ledger, but for what differs from mark to mark."""
+    [row] = db.do("SELECT * FROM worker_runs WHERE id = %s", run)
+    [verdict] = db.do("SELECT * FROM orphan_recovery.verdicts WHERE run_id = %s", run)
+    assert verdict["judged_at"] == row["completed_at"]
+    assert verdict["silence"] == verdict["judged_at"] - verdict["sign_of_life"]
+    assert row["error"].endswith(f", sweep {verdict['sweep_id']}")
+    for name in ("sweep_id", "run_id", "judged_at", "silence"):
+        del verdict[name]
+    for name in ("id", "completed_at"):
+        del row[name]
+    row["error"] = re.sub(r"silent for \S+,|sweep \S+$", "", row["error"])
+    return {**row, **{f"verdict {name}": value for name, value in verdict.items()}}
+
+
+async def test_a_mark_is_the_same_however_it_was_made(
+    db: Database, session: Any, slices: Callable[..., None]
+) -> None:
+    """In a counted slice, in one whose runs are shown, page by page, and by itself."""
+    ago = "SELECT now() - interval '3 hours' AS made, now() - interval '2 hours' AS beat"
+    [times] = db.do(ago)
+
+    def add(run: str) -> None:
+        db.do(
+            "INSERT INTO worker_runs (id, status, worker_id, tenant_id, task, created_at,"
+            " started_at, heartbeat_at) VALUES (%s, 'running', 'w', 't', 'report', %s, %s, %s)",
+            *(run, times["made"], times["made"], times["beat"]),
+        )
+
+    add("by itself")
+    [run] = await detect_orphaned_runs(session)
+    assert await mark_run_as_crashed(session, run)
+    await session.commit()
+    add("page")
+    assert (await sweep(limit=1)).recovered == 1
+    add("shown")
+    assert (await sweep()).recovered == 1
+    slices(10)
+    add("counted")
+    assert (await sweep()).recovered == 1
+    expected = told_of(db, "by itself")
+    assert expected["verdict evidence"] == "run heartbeat"
+    for how in ("page", "shown", "counted"):
+        assert told_of(db, how) == expected, how
+
+
+@pytest.mark.parametrize("show", [0, 5, 1_000])
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+async def test_each_orphan_is_marked_once_whatever_the_size(
+    db: Database, slices: Callable[..., None], size: int, show: int
+) -> None:
+    """Also where many were created at the same instant."""
+    slices(size, show=show)
+    orphans = db.add_orphans(8)
+    for number in range(9):
+        db.add_run(f"alike-{number}")
+    db.do("UPDATE worker_runs SET created_at = now() - interval '3 hours' WHERE id LIKE 'alike%'")
+    live = [db.add_run(f"live-{n}", age="5 hours", beat="1 minute") for n in range(3)]
+    report = await sweep()
+    assert (report.detected, report.recovered, report.failed) == (17, 17, 0)
+    assert len(report.verdicts) == min(show, 17)
+    assert {run for run, s in db.statuses().items() if s == "running"} == set(live)
+    assert {*orphans} < set(db.outcomes())
+    assert [v["outcome"] for v in db.verdicts()] == ["marked"] * 17
+    [told] = db.sweeps()
+    assert (told["detected"], told["marked"], told["ended_as"]) == (17, 17, "completed")
+
+
+async def test_a_run_that_beats_after_the_statement_began_is_left_alone(
+    db: Database, slices: Callable[..., None]
+) -> None:
+    """Each row is judged as it stands under its lock, not as the statement first saw it."""
+    slices(10)
+    first, second, third = db.add_orphans(3)
+    db.do(
+        "CREATE FUNCTION wait_here() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NEW; END $$"
+    )
+    db.do(
+        "CREATE TRIGGER wait_here BEFORE UPDATE OF status ON worker_runs FOR EACH ROW"
+        " WHEN (OLD.id = 'run-000001' AND NEW.status = 'crashed') EXECUTE FUNCTION wait_here()"
+    )
+    with db.connect() as gate:
+        gate.execute("SELECT pg_advisory_xact_lock(42)")
+        sweeping = asyncio.ensure_future(sweep())
+        await asyncio.to_thread(db.await_lock_wait)
+        db.do("UPDATE worker_runs SET heartbeat_at = now() WHERE id = %s", second)
+        gate.commit()
+    report = await sweeping
+    assert (report.error, report.recovered) == (None, 2)
+    assert db.statuses() == {first: "crashed", second: "running", third: "crashed"}
+    assert second not in db.outcomes()
+
+
+async def test_what_others_hold_is_passed_over_and_comes_up_again(
+    db: Database, slices: Callable[..., None]
+) -> None:
+    """Another sweep's slice, say: it is not waited for row by row."""
+    slices(10)
+    orphans = db.add_orphans(40)
+    with db.connect() as other:
+        other.execute("UPDATE worker_runs SET status = 'crashed' WHERE id <= 'run-000020'")
+        sweeping = asyncio.ensure_future(sweep())
+        marked = "SELECT count(*) >= 20 FROM orphan_recovery.verdicts"
+        await asyncio.to_thread(until, lambda: bool(db.one(marked)), "the others to be marked")
+        for _ in range(10):
+            assert not db.one("SELECT count(*) FROM pg_locks WHERE NOT granted"), "it waits"
+            await asyncio.sleep(0.02)
+        other.commit()
+    report = await sweeping
+    assert (report.error, report.recovered, report.failed) == (None, 20, 0)
+    assert [run for run, as_ in sorted(db.outcomes().items()) if as_ == "marked"] == orphans[20:]
+
+
+@pytest.mark.parametrize("show", [0, 100])
+@pytest.mark.parametrize("size", [1, 3, 100])
+async def test_a_poisoned_row_fails_alone_and_once(
+    db: Database, slices: Callable[..., None], size: int, show: int
+) -> None:
+    slices(size, show=show)
+    orphans = db.add_orphans(20)
+    bad = {orphans[0], orphans[9], orphans[19]}
+    db.poison(*bad)
+    report = await sweep()
+    assert (report.detected, report.recovered, report.failed) == (20, 17, 3)
+    assert {run for run, status in db.statuses().items() if status == "running"} == bad
+    assert {v["run_id"] for v in db.verdicts() if v["outcome"] == "failed"} == bad
+    assert {v.run.id for v in report.verdicts[:3]} == bad
+    assert len(db.verdicts()) == 20
+
+
+async def test_times_before_all_times_are_not_forgotten(
+    db: Database, slices: Callable[..., None]
+) -> None:
+    """They have no place in the order of slices, and are marked behind them."""
+    slices(2)
+    orphans = db.add_orphans(3)
+    odd = db.add_run("odd", beat="2 hours")
+    db.do("UPDATE worker_runs SET created_at = '-infinity' WHERE id = %s", odd)
+    report = await sweep()
+    assert report.recovered == 4
+    assert db.outcomes() == dict.fromkeys([*orphans, odd], "marked")
+
+
+async def test_naive_times_and_keys_of_several_columns(
+    db: Database,
+    slices: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slices(2)
+    db.do(
+        "CREATE TABLE jobs (tenant int, job uuid DEFAULT gen_random_uuid(), state text,"
+        " made timestamp, lane text, PRIMARY KEY (tenant, job))"
+    )
+    db.do(
+        "INSERT INTO jobs SELECT n % 3, gen_random_uuid(), 'busy',"
+        " (now() AT TIME ZONE 'UTC') - (n / 4) * interval '1 hour', 'lane ' || n % 2"
+        " FROM generate_series(0, 15) n"
+    )
+    target = configure(
+        tmp_path,
+        monkeypatch,
+        '[targets.jobs]\ntable = "jobs"\nin_flight = ["busy"]\ncrashed = "lost"\n'
+        '[targets.jobs.columns]\nid = ["tenant", "job"]\nstatus = "state"\n'
+        'created_at = "made"\ntask = "lane"\n'
+        '[[targets.jobs.rules]]\nmatch = { task = "lane 1" }\nthreshold_minutes = 150\n'
+        'reason = "the slow lane is dead"\n',
+        "jobs",
+    )
+    report = await sweep_of(target)
+    # lane 0 by thirty minutes: made an hour ago or more; lane 1 by 150: made three hours ago
+    assert (report.error, report.recovered) == (None, 6 + 2)
+    told = {(v["rule"], v["reason"], v["threshold"].total_seconds() / 60) for v in db.verdicts()}
+    assert told == {
+        ("silence >= threshold", "orphaned: no sign of life from its worker", 30),
+        ("silence >= threshold of rule 1 (task = lane 1)", "the slow lane is dead", 150),
+    }
+    assert db.one("SELECT count(*) FROM jobs WHERE state = 'lost'") == 8
+
+
+async def test_a_sweep_tells_of_its_first_runs_one_by_one_and_counts_the_rest(
+    db: Database, slices: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    slices(4, show=5)
+    orphans = db.add_orphans(12)
+    report = await sweep()
+    assert [run["run_id"] for run in report.as_dict()["runs"]] == orphans[:5]
+    assert report.recovered == 12
+    events = [(r.message, getattr(r, "count", None)) for r in caplog.records]
+    assert events == [
+        ("orphan_recovery_starting", None),
+        ("orphaned_runs_detected", 4),
+        *[("orphan_run_marked_crashed", None)] * 4,
+        ("orphaned_runs_detected", 1),
+        ("orphan_run_marked_crashed", None),
+        ("orphan_runs_marked_crashed", 4),
+        ("orphan_runs_marked_crashed", 3),
+        ("orphan_recovery_complete", None),
+    ]
+    assert len(db.verdicts()) == 12
+
+
+async def test_slices_grow_while_they_are_quick_and_shrink_when_they_are_slow(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no row is locked for long, however slow the disk."""
+    db.add_orphans(3_000)
+    monkeypatch.setattr(judge, "Progress", partial(judge.Progress, size=1_000, show=0))
+    monkeypatch.setattr(judge, "LONG", 0.0)
+    assert (await sweep()).recovered == 3_000
+    slow = [c["n"] for c in sizes(db)]
+    assert slow == [500, 500, 500, 500, 1_000]
+    monkeypatch.setattr(judge, "LONG", 60.0)
+    monkeypatch.setattr(judge, "SHORT", 60.0)
+    db.do(
+        "INSERT INTO worker_runs (id, status, created_at) SELECT 'more-' || n, 'queued',"
+        " now() - interval '1 day' FROM generate_series(1, 7_000) n"
+    )
+    assert (await sweep()).recovered == 7_000
+    assert [c["n"] for c in sizes(db)][-3:] == [1_000, 2_000, 4_000]
+
+
+def sizes(db: Database) -> list[dict[str, Any]]:
+    """How many runs each slice marked, the smallest first."""
+    return db.do(
+        "SELECT count(*) AS n FROM orphan_recovery.verdicts GROUP BY sweep_id, judged_at ORDER BY n"
+    )
