@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import make_url
 
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
+from orphan_recovery.policy import RetryPlan
 from prefect_support import Api, flow_run_of, marks, sweep
 from support import Database, until
 
@@ -39,6 +40,63 @@ async def test_each_orphan_has_a_task_run_of_its_own(db: Database, api: Api) -> 
     assert {run["state_type"] for run in task_runs.values()} == {"COMPLETED"}
     assert len(task_runs) == len(orphans) + 4  # open-sweep, decide, detect, summarise
     assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
+
+
+async def test_more_orphans_than_are_worth_a_task_run_each_are_marked_in_slices(
+    db: Database, api: Api
+) -> None:
+    orphans = db.add_orphans(1_200)
+    db.add_run("alive", age="1 minute")
+    state = await sweep(api)
+    assert state.is_completed(), state.message
+    assert state.message == (
+        "1200 orphaned runs detected: 1200 marked crashed (threshold 30 minutes, 1201 in flight)"
+    )
+    task_runs = api.task_runs(flow_run_of(state))
+    expected = {"open-sweep", "decide", "mark-slices-1", "mark-rest", "summarise"}
+    assert set(task_runs) == expected
+    assert {run["state_type"] for run in task_runs.values()} == {"COMPLETED"}
+    assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
+    assert {v["outcome"] for v in db.verdicts()} == {"marked"}
+    [told] = db.sweeps()
+    assert (told["ended_as"], told["detected"], told["marked"]) == ("completed", 1_200, 1_200)
+
+
+async def test_slices_that_meet_a_bad_row_mark_the_rest_and_fail_the_flow_run(
+    db: Database, api: Api
+) -> None:
+    orphans = db.add_orphans(30)
+    db.poison(orphans[7])
+    state = await sweep(api, task_each_up_to=10)
+    assert state.is_failed()
+    assert (state.message or "").startswith(
+        "30 orphaned runs detected: 29 marked crashed, 1 FAILED"
+    )
+    assert db.outcomes() == {**dict.fromkeys(orphans, "marked"), orphans[7]: "failed"}
+    assert db.status(orphans[7]) == "running"
+
+
+async def test_slices_that_lose_their_database_end_the_sweep_loudly(
+    db: Database, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RetryPlan, "delay", lambda _self, retry: 0.01 * retry)
+    orphans = db.add_orphans(30)
+    db.do(
+        "CREATE FUNCTION cut_off() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$"
+    )
+    db.do(
+        "CREATE TRIGGER cut_off BEFORE UPDATE ON worker_runs"
+        " FOR EACH ROW EXECUTE FUNCTION cut_off()"
+    )
+    state = await sweep(api, task_each_up_to=10)
+    assert state.is_failed()
+    assert "terminating connection" in (state.message or "")
+    assert set(db.statuses().values()) == {"running"}
+    assert [told["ended_as"] for told in db.sweeps()] == ["failed"]
+    db.do("DROP TRIGGER cut_off ON worker_runs")
+    assert (await sweep(api, task_each_up_to=10)).is_completed()
+    assert db.outcomes() == dict.fromkeys(orphans, "marked")
 
 
 async def test_the_ledger_names_the_flow_run_that_asked(db: Database, api: Api) -> None:
@@ -96,6 +154,8 @@ async def test_a_direct_call_of_a_failed_sweep_raises_with_its_report(
         {"worker": ""},
         {"tenant": ""},
         {"limit": 0},
+        {"task_each_up_to": -1},
+        {"task_each_up_to": 10_001},
         {"reason": ""},
     ],
     ids=str,

@@ -80,6 +80,17 @@ async def test_the_ledger_is_append_only(db: Database, change: LiteralString) ->
     assert (db.sweeps(), db.verdicts()) == before
 
 
+def test_a_verdict_of_no_sweep_is_refused(db: Database) -> None:
+    with pytest.raises(psycopg.errors.ForeignKeyViolation, match=r"^LEDGER_VIOLATION"):
+        db.do(
+            "INSERT INTO orphan_recovery.verdicts (sweep_id, run_id, target, outcome, status_seen,"
+            " sign_of_life, evidence, silence, threshold, rule, reason, judged_at) VALUES"
+            " (gen_random_uuid(), 'x', 'default', 'marked', 'running', now(), 'age', '1 h', '1 h',"
+            " 'r', 'r', now())"
+        )
+    assert db.verdicts() == []
+
+
 def test_an_open_sweep_may_be_closed_and_nothing_else(db: Database) -> None:
     db.do(
         "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"

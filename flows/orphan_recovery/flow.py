@@ -87,6 +87,8 @@ _RETRIED: dict[str, Any] = {
     "cache_policy": NO_CACHE,
     "persist_result": False,
 }
+_RETRIED_WITHIN: dict[str, Any] = {**_RETRIED, "retries": 0}
+"""Of a task with many transactions: each of them is tried again by the same plan, by itself."""
 
 
 class DatabaseError(RuntimeError):
@@ -156,7 +158,7 @@ async def mark(engine: AsyncEngine, request: SweepRequest, run: WorkerRun) -> Ve
     return verdict
 
 
-@task(name="mark-slices", **_RETRIED)
+@task(name="mark-slices", **_RETRIED_WITHIN)
 async def mark_slices(
     engine: AsyncEngine, request: SweepRequest, decision: Decision, progress: Progress
 ) -> Progress:
@@ -171,7 +173,7 @@ async def mark_slices(
     return progress
 
 
-@task(name="mark-rest", task_run_name="mark-rest", **_RETRIED)
+@task(name="mark-rest", task_run_name="mark-rest", **_RETRIED_WITHIN)
 async def mark_rest(
     engine: AsyncEngine, report: SweepReport, decision: Decision, tried: set[str]
 ) -> list[Verdict]:

@@ -274,7 +274,10 @@ class RunsTable:
         if not self.has("created_at"):
             return silent
         created = self.table.c.created_at
-        return and_(or_(created.is_(None), created <= self.stored("created_at", latest)), silent)
+        bound = created <= self.stored("created_at", latest)
+        if self.facts["created_at"].is_nullable:
+            bound = or_(created.is_(None), bound)
+        return and_(bound, silent)
 
     def matches(self, role: str, pattern: str) -> ColumnElement[bool]:
         """Whether a column's text fits: ``*`` is any text, ``?`` any one character."""

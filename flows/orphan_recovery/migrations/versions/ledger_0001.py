@@ -68,9 +68,13 @@ CREATE TABLE orphan_recovery.sweeps (
 )
 """
 
+# One row for each run that a sweep judged. The key begins with the run: the history of one run is
+# looked up by it, and a sweep's own verdicts by an index that is small, since a sweep's entries
+# in it are all alike. Its sweep is required by a trigger, which looks once a statement where a
+# foreign key looks once a row; no sweep is ever deleted, so the two come to the same.
 VERDICTS = """
 CREATE TABLE orphan_recovery.verdicts (
-    sweep_id     uuid NOT NULL REFERENCES orphan_recovery.sweeps,
+    sweep_id     uuid NOT NULL,
     run_id       text NOT NULL,
     target       text NOT NULL,
     outcome      text NOT NULL CHECK (outcome IN (
@@ -89,7 +93,7 @@ CREATE TABLE orphan_recovery.verdicts (
     judged_at    timestamptz NOT NULL,
     found        jsonb,
     error        text,
-    PRIMARY KEY (sweep_id, run_id)
+    PRIMARY KEY (run_id, sweep_id)
 )
 """
 
@@ -144,8 +148,8 @@ LEDGER_INDEXES = (
     "CREATE INDEX sweeps_latest ON orphan_recovery.sweeps (target, opened_at DESC)",
     # Holds that are open: few, if any.
     "CREATE INDEX holds_open ON orphan_recovery.holds (target) WHERE ended_at IS NULL",
-    # The history of one run, and whether another sweep marked it.
-    "CREATE INDEX verdicts_run ON orphan_recovery.verdicts (target, run_id)",
+    # What one sweep did.
+    "CREATE INDEX verdicts_sweep ON orphan_recovery.verdicts (sweep_id)",
     # The newest verdicts that marked a run, for the summary.
     "CREATE INDEX verdicts_marked ON orphan_recovery.verdicts (target, judged_at) "
     "WHERE outcome = 'marked'",
@@ -183,6 +187,22 @@ BEGIN
 END $$
 """
 
+SWEEP_REQUIRED = """
+CREATE FUNCTION orphan_recovery.require_sweep() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    missing uuid;
+BEGIN
+    SELECT told.sweep_id INTO missing FROM (SELECT DISTINCT sweep_id FROM added) AS told
+    WHERE NOT EXISTS (SELECT FROM orphan_recovery.sweeps AS s WHERE s.sweep_id = told.sweep_id);
+    IF FOUND THEN
+        RAISE EXCEPTION 'LEDGER_VIOLATION: a verdict of sweep %, which is not in the ledger', missing
+            USING ERRCODE = '23503';
+    END IF;
+    RETURN NULL;
+END $$
+"""
+
 APPEND_ONLY = ("verdicts", "contests", "hold_runs", "approvals")
 CLOSED_ONCE = {"sweeps": "sweep_id", "holds": "hold_id"}
 
@@ -198,6 +218,11 @@ def ledger_triggers() -> list[str]:
             f"CREATE TRIGGER no_truncate BEFORE TRUNCATE ON orphan_recovery.{table} "
             f"FOR EACH STATEMENT {refuse}",
         ]
+    triggers += [
+        "CREATE TRIGGER require_sweep AFTER INSERT ON orphan_recovery.verdicts "
+        "REFERENCING NEW TABLE AS added "
+        "FOR EACH STATEMENT EXECUTE FUNCTION orphan_recovery.require_sweep()"
+    ]
     return triggers + [
         f"CREATE TRIGGER one_close BEFORE UPDATE ON orphan_recovery.{table} "
         f"FOR EACH ROW EXECUTE FUNCTION orphan_recovery.allow_one_close('{key}')"
@@ -211,7 +236,7 @@ def upgrade() -> None:
     op.execute(VERDICTS)
     for statement in (CONTESTS, HOLDS, HOLD_RUNS, APPROVALS, *LEDGER_INDEXES):
         op.execute(statement)
-    for statement in (LEDGER_GUARD, SWEEP_GUARD, *ledger_triggers()):
+    for statement in (LEDGER_GUARD, SWEEP_GUARD, SWEEP_REQUIRED, *ledger_triggers()):
         op.execute(statement)
 
 
@@ -220,4 +245,5 @@ def downgrade() -> None:
         op.execute(f"DROP TABLE orphan_recovery.{table}")
     op.execute("DROP FUNCTION orphan_recovery.refuse_ledger_change()")
     op.execute("DROP FUNCTION orphan_recovery.allow_one_close()")
+    op.execute("DROP FUNCTION orphan_recovery.require_sweep()")
     op.execute("DROP FUNCTION orphan_recovery.prevent_worker_run_mutation()")
