@@ -17,11 +17,11 @@ from typing import Any, Self
 
 import psycopg
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, select
 
 from conftest import _database
 from orphan_recovery import ConfigurationError, judge
-from orphan_recovery.database import database_url, make_engine
+from orphan_recovery.database import database_url, make_engine, server_started
 from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
@@ -352,6 +352,21 @@ async def test_a_server_that_lost_all_its_sessions_and_was_not_restarted_is_doub
     assert db.statuses() == {live: "running", dead: "crashed"}
 
 
+async def test_every_role_sees_that_a_server_lost_all_its_sessions(
+    own: Server, db: Restarted
+) -> None:
+    """Also one that may not see who is connected."""
+    db.do("CREATE ROLE plain LOGIN")
+    before = db.one("SELECT clock_timestamp()")
+    with own.coming_back(), db.connect() as victim:
+        os.kill(victim.info.backend_pid, signal.SIGKILL)
+    engine = make_engine(database_url(db.url).set(username="plain"))
+    async with engine.connect() as connection:
+        since = (await connection.execute(select(server_started()))).scalar_one()
+    await engine.dispose()
+    assert db.one("SELECT pg_postmaster_start_time()") < before < since
+
+
 async def test_a_restart_between_detect_and_mark_loses_nothing(
     own: Server, db: Restarted, impatient: None
 ) -> None:
@@ -561,6 +576,22 @@ async def test_what_would_have_to_be_waited_for_too_long_is_left_to_a_later_swee
     later = await sweep()
     assert (later.looked_twice, later.postponed, later.recovered) == (None, None, 1)
     assert db.status(beaten) == "crashed"
+
+
+async def test_all_waits_of_a_sweep_together_are_bounded(
+    own: Server, db: Restarted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is restarted again and again does not keep a sweep for ever."""
+    monkeypatch.setattr("orphan_recovery.sweep.LONGEST_WAIT", timedelta(seconds=2 * OFTEN))
+    beaten = db.add_run("has beaten", beat="2 hours")
+    own.restart()
+    sweeping = asyncio.ensure_future(sweep())  # it waits for two beats
+    await asyncio.to_thread(until, lambda: sweep_waits(db), "a sweep that waits")
+    await asyncio.to_thread(own.restart)  # and would have to wait for two more
+    report = await sweeping
+    assert report.looked_twice is not None
+    assert (report.postponed or "").startswith("the server was started ")
+    assert (report.error, db.status(beaten)) == (None, "running")
 
 
 async def test_a_sweep_that_waits_for_nothing_marks_nothing_that_is_held(

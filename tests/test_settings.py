@@ -4,7 +4,8 @@ import pytest
 from sqlalchemy.exc import ArgumentError
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery.database import database_url, describe, redact
+from orphan_recovery.database import database_url, describe
+from orphan_recovery.redact import redact
 from orphan_recovery.request import SweepRequest
 
 

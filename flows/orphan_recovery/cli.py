@@ -1,5 +1,7 @@
 """The command line: a thin face over the same verbs, with an exit code that a script can trust.
 
+What a command needs is imported by it, so that `--help` and a mistake are answered at once.
+
 Exit codes: 0 well; 1 a run could not be marked, or the sweep did not come to its end; 2 bad usage
 or configuration; 3 held: too much of the fleet looked dead, and a person is asked.
 """
@@ -16,11 +18,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from sqlalchemy.exc import DBAPIError
 
 from orphan_recovery import cli_setup
 from orphan_recovery.cli_options import (
@@ -34,9 +31,7 @@ from orphan_recovery.cli_options import (
     Threshold,
     Worker,
 )
-from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.log import EventFormatter, logger
-from orphan_recovery.report import iso
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target, find_target, load_targets
@@ -147,7 +142,9 @@ def approve(
 
     For when you have seen that the workers it speaks of are dead.
     """
+    from orphan_recovery.database import address, make_engine, transaction
     from orphan_recovery.hold import approve as release
+    from orphan_recovery.report import iso
 
     async def released() -> Any:
         engine = make_engine(address(find_target(target)))
@@ -196,6 +193,8 @@ def summary(target: TargetName = None, as_json: AsJson = False) -> None:
 @app.command()
 def serve() -> None:
     """Serve the scheduled and the on-demand deployment from this process, without a work pool."""
+    from orphan_recovery.database import address
+
     for target in load_targets().values():
         if target.database_url_secret is None:
             address(target)  # to be told now, not by the first flow run
@@ -284,12 +283,16 @@ def main() -> None:
         app()
     except ConfigurationError as error:
         _fail(str(error), code=2)
-    except DBAPIError as error:
-        _fail(describe(error), code=1)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `… | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+    except BrokenPipeError:  # `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        from sqlalchemy.exc import DBAPIError
+
+        from orphan_recovery.database import describe
+
+        if not isinstance(error, DBAPIError | OSError):
+            raise
         _fail(describe(error), code=1)
 
 
@@ -315,6 +318,11 @@ def _print_table(rows: list[dict[str, str]]) -> None:
     """Nothing is cut off, in a pipe nothing is wrapped, and a column with nothing in it goes."""
     if not rows:
         return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     filled = [name for name in rows[0] if any(row[name] for row in rows)]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in filled:

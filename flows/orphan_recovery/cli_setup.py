@@ -6,19 +6,22 @@ They are kept apart from the sweep's because they are for a person, once, and no
 import asyncio
 import json
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
-from sqlalchemy import Connection, create_engine
-from sqlalchemy.pool import NullPool
 
 from orphan_recovery.cli_options import AsJson, TargetName
-from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address, shown
 from orphan_recovery.settings import ConfigurationError, load_settings
 from orphan_recovery.targets import CONFIG_FILE, Target, find_target, load_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection
 
 
 def register(app: typer.Typer) -> None:
@@ -135,6 +138,7 @@ def migrate(
     index that serves detection, and keeps its columns as they are.
     """
     from orphan_recovery import migrate as schema
+    from orphan_recovery.database import address, shown
 
     meant = find_target(target)
     url = address(meant)
@@ -176,25 +180,26 @@ def backtest(
         show(tested, Console(highlight=False))
 
 
-class _connected:  # noqa: N801 - used as a function
+@contextmanager
+def _connected(target: Target) -> "Iterator[Connection]":
     """A plain connection to a target's database, for a look."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
 
-    def __init__(self, target: Target) -> None:
-        self.engine = create_engine(
-            address(target),
-            poolclass=NullPool,
-            hide_parameters=True,
-            connect_args={
-                "application_name": "orphan-recovery",
-                "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-                "options": "-c default_transaction_read_only=on",
-            },
-        )
+    from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address
 
-    def __enter__(self) -> Connection:
-        self.connection = self.engine.connect()
-        return self.connection
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-        self.engine.dispose()
+    engine = create_engine(
+        address(target),
+        poolclass=NullPool,
+        hide_parameters=True,
+        connect_args={
+            "application_name": "orphan-recovery",
+            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "options": "-c default_transaction_read_only=on",
+        },
+    )
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()

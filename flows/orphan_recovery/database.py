@@ -6,7 +6,6 @@ transaction of our own has a lock and a statement time-out.
 """
 
 import os
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -18,6 +17,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 
+from orphan_recovery.redact import redact
 from orphan_recovery.settings import DATABASE_VARIABLES, ConfigurationError, load_settings
 
 if TYPE_CHECKING:
@@ -183,15 +183,6 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 def shown(url: URL) -> str:
     """An address for people: without its password, and readable where a socket's path is in it."""
     return unquote(url.render_as_string(hide_password=True))
-
-
-_IN_ADDRESS = re.compile(r"(://[^:/?#\s@]*:)([^\s]*)(@)")
-_AS_KEYWORD = re.compile(r"((?:password|passwd|pwd)\s*=\s*)('[^']*'|[^\s&;]+)", re.IGNORECASE)
-
-
-def redact(text: str) -> str:
-    """``text`` without the passwords of any address or connection string in it."""
-    return _AS_KEYWORD.sub(r"\1***", _IN_ADDRESS.sub(r"\1***\3", text))
 
 
 def describe(error: BaseException) -> str:

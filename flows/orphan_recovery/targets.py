@@ -33,7 +33,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from orphan_recovery.database import redact
+from orphan_recovery.redact import redact
 from orphan_recovery.settings import (
     CONFIG_VARIABLE,
     MAX_THRESHOLD_MINUTES,
