@@ -22,6 +22,7 @@ from orphan_recovery.migrate import migrate
 from orphan_recovery.targets import Target
 from support import Database, free_port
 
+pytest_plugins = ["alive_support"]
 _numbers = itertools.count()
 
 
@@ -63,8 +64,10 @@ def db(server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.fixture
-async def engine(db: Database) -> AsyncIterator[AsyncEngine]:
-    engine = make_engine(database_url(db.url))
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[AsyncEngine]:
+    """An engine of a caller's, on the test's own database: ``blank`` if it asks for that."""
+    own = request.getfixturevalue("blank" if "blank" in request.fixturenames else "db")
+    engine = make_engine(database_url(own.url))
     yield engine
     await engine.dispose()
 

@@ -7,10 +7,14 @@ from typing import Any, LiteralString
 
 import pytest
 from psycopg import sql
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from orphan_recovery import WorkerRun
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.detect import Fleet, detect, look_at_fleet
+from orphan_recovery.ledger import note_direct_call
+from orphan_recovery.mark import mark_one
+from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
@@ -114,3 +118,58 @@ async def fleet(db: Database, target: Target, **asked: Any) -> Fleet:
             return await look_at_fleet(connection, request(target, **asked))
     finally:
         await engine.dispose()
+
+
+def simple(blank: Database, *columns: LiteralString, **described: Any) -> Target:
+    """A table ``jobs`` with one run that has been silent for two hours, and some columns more."""
+    blank.do(
+        "CREATE TABLE jobs (id text PRIMARY KEY, status text NOT NULL, worker_id text, task text,"
+        " created_at timestamptz, heartbeat_at timestamptz)"
+    )
+    for column in columns:
+        do(blank, sql.SQL("ALTER TABLE jobs ADD {}").format(sql.SQL(column)))
+    add(blank, "run")
+    target = Target(**{"name": "simple", "table": "jobs", **described})
+    migrate(target)
+    return target
+
+
+def add(
+    blank: Database,
+    run: str,
+    status: str = "running",
+    *,
+    task: str | None = None,
+    worker: str | None = "worker-1",
+    age: str = "2 hours",
+) -> None:
+    blank.do(
+        "INSERT INTO jobs (id, status, worker_id, task, created_at)"
+        " VALUES (%s, %s, %s, %s, now() - %s::interval)",
+        *(run, status, worker, task, age),
+    )
+
+
+def statuses(blank: Database) -> dict[str, str]:
+    return {row["id"]: row["status"] for row in blank.do("SELECT id, status FROM jobs")}
+
+
+async def look(engine: AsyncEngine, asked: SweepRequest) -> list[WorkerRun]:
+    async with AsyncSession(engine) as session:
+        return await detect(await session.connection(), asked)
+
+
+async def outcome_of(engine: AsyncEngine, asked: SweepRequest, run: WorkerRun) -> str:
+    """Mark one run in a transaction of its own, as a sweep does, and say what became of it."""
+    async with AsyncSession(engine) as session, session.begin():
+        await note_direct_call(session, asked)
+        return (await mark_one(session, asked, run)).outcome
+
+
+def names_in(plan: dict[str, Any]) -> list[str]:
+    """The indexes, and the tables that are read whole, of a plan."""
+    own = plan.get("Index Name") or (
+        f"the whole of {plan['Relation Name']}" if plan["Node Type"] == "Seq Scan" else None
+    )
+    below = [name for part in plan.get("Plans", []) for name in names_in(part)]
+    return [own, *below] if own else below

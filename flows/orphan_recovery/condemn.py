@@ -62,10 +62,13 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> Insert:
 
 
 def _unheld(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:
-    """Where a lock is the evidence: take it. Who lives holds it; who wakes up now has to wait."""
+    """Where a lock is the evidence: take it. Who lives holds it; who wakes up now has to wait.
+
+    Shared, so that two marks at once of a worker's runs do not take each other for the worker.
+    """
     if table.target.lock is None:
         return []
-    return [func.pg_try_advisory_xact_lock(locked.c.lock_key)]
+    return [func.pg_try_advisory_xact_lock_shared(locked.c.lock_key)]
 
 
 def _crash(table: RunsTable, request: SweepRequest, locked: CTE) -> dict[Any, Any]:

@@ -136,7 +136,7 @@ def snapshot(request: SweepRequest, row: dict[str, Any]) -> WorkerRun:
     number = row.pop("rule")
     return WorkerRun(
         target=request.target.name,
-        rule=in_words(request, number),
+        rule=in_words(request, number, row["evidence"]),
         rule_reason=reason_of(request.target, number),
         sweep_id=request.sweep_id,
         **row,

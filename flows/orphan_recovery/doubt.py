@@ -111,7 +111,8 @@ def doubts(
     to wait for. A lock goes with a connection, so that its holder may be about to take it again.
     """
     reasons, wait, grace = [], timedelta(0), GRACE_BEATS * beat
-    if request.target.lock is not None and fleet.orphans:
+    asleep = timedelta(minutes=request.minutes)
+    if request.target.lock is not None:
         reasons.append("a lock may be lost with a connection alone")
         wait = grace
     if not fleet.beating:
@@ -123,9 +124,8 @@ def doubts(
     if now.failed_over_for is not None and now.failed_over_for < grace:
         reasons.append("the server has failed over")
         wait = max(wait, grace - now.failed_over_for)
-    # Where time is not the evidence, its threshold is no measure of how often sweeps should look.
     slept = None if now.last_sweep_at is None else now.seen_at - now.last_sweep_at
-    if slept is not None and slept > request.threshold and request.by_rules:
+    if slept is not None and slept > asleep:
         reasons.append(f"no sweep has looked for {span(slept)}")
         wait = max(wait, beat)
     if silence.is_too_much(request.target):

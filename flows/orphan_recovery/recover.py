@@ -6,11 +6,12 @@ be used nothing is raised, and the report says what happened.
 
 import asyncio
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery.database import address, describe, make_engine
+from orphan_recovery.database import address, describe, make_engine, transaction
+from orphan_recovery.detect import look_at_fleet
 from orphan_recovery.doubt import Doubt
 from orphan_recovery.judge import in_transaction, judge_all
 from orphan_recovery.report import SweepReport
@@ -32,6 +33,8 @@ from orphan_recovery.sweep import (
     whoami,
 )
 from orphan_recovery.targets import find_target
+
+MAX_SETTLE_SECONDS: Final = 86_400
 
 
 async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[str, Any]:
@@ -98,7 +101,8 @@ async def recover_worker(
     Args:
         worker_id: the worker, as its runs name it.
         target: as in :func:`recover_target`.
-        settle_seconds: how long to wait; None for two beats of the target.
+        settle_seconds: how long to wait, above 0; None for two beats of the target. Shorter than
+            a beat, it takes a twin that lives for dead.
 
     Returns:
         As :func:`recover_orphaned_runs`.
@@ -107,12 +111,31 @@ async def recover_worker(
         ConfigurationError: as there.
     """
     meant = find_target(target)
-    settle = timedelta(seconds=settle_seconds) if settle_seconds else 2 * meant.beat
+    if settle_seconds is not None and not 0 < settle_seconds <= MAX_SETTLE_SECONDS:
+        raise ConfigurationError(
+            f"settle_seconds is {settle_seconds!r}: give a number of seconds above 0 and at most "
+            f"{MAX_SETTLE_SECONDS}, or leave it out"
+        )
+    settle = 2 * meant.beat if settle_seconds is None else timedelta(seconds=settle_seconds)
     request = SweepRequest(
         asked_by=whoami("recover_worker"), target=meant, worker=worker_id, returned=settle
     )
-    await asyncio.sleep(settle.total_seconds())
+    if is_enabled() and await _holds_any(request):
+        await asyncio.sleep(settle.total_seconds())
     return await _report_on(request)
+
+
+async def _holds_any(request: SweepRequest) -> bool:
+    """Whether there is anything to wait for; where that cannot be asked, there may be."""
+    try:
+        engine = make_engine(address(request.target))
+        try:
+            async with transaction(engine) as connection:
+                return (await look_at_fleet(connection, request)).in_flight > 0
+        finally:
+            await engine.dispose()
+    except Exception:  # the sweep itself says it
+        return True
 
 
 async def run_sweep(request: SweepRequest) -> SweepReport:

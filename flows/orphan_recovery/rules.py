@@ -10,6 +10,7 @@ from datetime import timedelta
 from sqlalchemy import ColumnElement, Integer, Interval, and_, case, cast, literal, null
 
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
+from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.targets import Target
 
@@ -28,6 +29,19 @@ def threshold_of(
         otherwise: that of each run by itself, instead.
     """
     own: ColumnElement[timedelta] = literal(request.threshold) if otherwise is None else otherwise
+    if request.returned is not None:
+        return own
+    if request.target.lock is None:
+        return _by_rules(runs, own)
+    by_time = literal(timedelta(minutes=request.minutes)) if otherwise is None else otherwise
+    return case(
+        (runs.is_held, _by_rules(runs, own, only_never=True)), else_=_by_rules(runs, by_time)
+    )
+
+
+def _by_rules(
+    runs: RunsTable, own: ColumnElement[timedelta], *, only_never: bool = False
+) -> ColumnElement[timedelta]:
     whens = [
         (
             _matches(runs, number),
@@ -36,9 +50,9 @@ def threshold_of(
             else literal(timedelta(minutes=rule.threshold_minutes or 0), Interval),
         )
         for number, rule in enumerate(runs.target.rules, 1)
-        if rule.never or request.by_rules
+        if rule.never or not only_never
     ]
-    return case(*whens, else_=own) if whens and request.returned is None else own
+    return case(*whens, else_=own) if whens else own
 
 
 def number_of(runs: RunsTable, request: SweepRequest) -> ColumnElement[int]:
@@ -48,22 +62,27 @@ def number_of(runs: RunsTable, request: SweepRequest) -> ColumnElement[int]:
         for number, _ in enumerate(runs.target.rules, 1)
     ]
     none = literal(BY_THRESHOLD, Integer)
-    return case(*whens, else_=none) if whens and request.by_rules else none
+    if not whens or request.returned is not None:
+        return none
+    if request.target.lock is not None:
+        whens.insert(0, (runs.is_held, none))
+    return case(*whens, else_=none)
 
 
 def shortest(request: SweepRequest) -> timedelta:
     """The shortest threshold that any run may have."""
-    if not request.by_rules:
+    if request.returned is not None:
         return request.threshold
     rules = [rule.threshold_minutes for rule in request.target.rules if rule.threshold_minutes]
-    return min([request.threshold, *(timedelta(minutes=minutes) for minutes in rules)])
+    every = (request.minutes, *rules)
+    return min([request.threshold, *(timedelta(minutes=minutes) for minutes in every)])
 
 
-def in_words(request: SweepRequest, number: int) -> str:
+def in_words(request: SweepRequest, number: int, evidence: Evidence) -> str:
     """What condemned a run, for the ledger."""
     if request.returned is not None:
         return "its worker is back, and has not been heard of it since"
-    if request.target.lock is not None:
+    if evidence is Evidence.LOCK:
         return f"nobody holds the lock of its {request.target.lock}"
     if number == BY_THRESHOLD:
         return "silence >= threshold"

@@ -219,14 +219,20 @@ class RunsTable:
     def lock_key(self) -> ColumnElement[int]:
         """The advisory lock that a run's worker holds for as long as it lives."""
         whose = self.text("worker_id") if self.target.lock == "worker" else self.run_id
-        return lock_key(self.target, whose)
+        return lock_key(self.relation, whose)
+
+    @cached_property
+    def is_held(self) -> ColumnElement[bool]:
+        """Whether a worker holds the run, by its row: nobody keeps a lock for one that waits."""
+        return self.table.c.worker_id.is_not(None) if self.has("worker_id") else true()
 
     @cached_property
     def is_locked(self) -> ColumnElement[bool]:
-        """Whether somebody holds a run's lock; never, where none is kept. One look for all."""
+        """Whether a worker holds a run's lock; never, where none is kept. One look for all."""
         if self.target.lock is None:
             return false()
-        locks = table("pg_locks", *_LOCK_COLUMNS, schema="pg_catalog")
+        columns: list[ColumnClause[Any]] = [column(name) for name in _LOCK_COLUMNS]
+        locks = table("pg_locks", *columns, schema="pg_catalog")
         database: Select[Any] = (
             select(literal_column("oid"))
             .select_from(table("pg_database"))
@@ -239,6 +245,7 @@ class RunsTable:
         ).where(
             locks.c.locktype == "advisory",
             locks.c.objsubid == 1,  # one key of 64 bits
+            locks.c.mode == "ExclusiveLock",  # a mark shares it, and is no sign of life
             locks.c.granted,
             locks.c.database == database.scalar_subquery(),
         )
@@ -246,8 +253,6 @@ class RunsTable:
 
     @cached_property
     def evidence(self) -> ColumnElement[str]:
-        if self.target.lock is not None:
-            return literal(Evidence.LOCK.value)
         sources = (
             (Evidence.RUN_HEARTBEAT, self.utc("heartbeat_at"), self.has("heartbeat_at")),
             (Evidence.WORKER_HEARTBEAT, self.worker_seen_at, "worker_heartbeat" in self.elsewhere),
@@ -257,6 +262,8 @@ class RunsTable:
             for evidence, time, is_there in sources
             if is_there
         ]
+        if self.target.lock is not None:
+            whens.insert(0, (self.is_held, literal(Evidence.LOCK.value)))
         age = literal(Evidence.AGE.value)
         return case(*whens, else_=age) if whens else age
 
@@ -300,18 +307,19 @@ def _key_role(number: int) -> str:
     return f"id_{number + 1}"
 
 
-_LOCK_COLUMNS: Final[list[ColumnClause[Any]]] = [
-    column(name) for name in ("locktype", "database", "classid", "objid", "objsubid", "granted")
-]
+_LOCK_COLUMNS: Final = (
+    *("locktype", "database", "classid", "objid", "objsubid", "mode", "granted"),
+)
 
 
-def lock_key(target: Target, whose: ColumnElement[str]) -> ColumnElement[int]:
+def lock_key(relation: Relation, whose: ColumnElement[str]) -> ColumnElement[int]:
     """The key of a run's or a worker's advisory lock, 64 bits of its name's hash.
 
     Two names of one key would keep each other alive: among a million held at once that is one
-    chance in 37 million.
+    chance in 37 million. The table goes by its name in the catalogue: a worker and a sweep may
+    each describe it in their own way.
     """
-    name = func.concat(f"orphan_recovery {target.table} ", whose)
+    name = func.concat(f"orphan_recovery {relation.schema}.{relation.name} ", whose)
     return func.hashtextextended(name, 0, type_=BigInteger())
 
 

@@ -30,7 +30,7 @@ from orphan_recovery.detect import Among, orphans, snapshot
 from orphan_recovery.ledger import verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import in_words, reason_of, shortest
-from orphan_recovery.run import WorkerRun
+from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable, runs_table
 from orphan_recovery.verdict import Outcome, Verdict
 
@@ -147,7 +147,7 @@ def _candidates(
         found.add_columns(
             *(column.label(f"key_{n}") for n, column in enumerate(table.key)),
             *([] if table.target.lock is None else [table.lock_key.label("lock_key")]),
-            _by_number(number, {n: in_words(request, n) for n in rules}).label("rule_in_words"),
+            _rule(table, request, number).label("rule_in_words"),
             _by_number(
                 number, {n: request.reason_by(reason_of(table.target, n)) for n in rules}
             ).label("reason"),
@@ -164,6 +164,18 @@ def _candidates(
         last = (where, *table.key_of(literal(after.run_id, Text)))
         found = found.where(tuple_(created, *table.key) > tuple_(*last))
     return found
+
+
+def _rule(
+    table: RunsTable, request: SweepRequest, number: ColumnElement[int]
+) -> ColumnElement[str]:
+    """What condemned each run, in words."""
+    rules = range(len(table.target.rules) + 1)
+    by_time = _by_number(number, {n: in_words(request, n, Evidence.AGE) for n in rules})
+    if table.target.lock is None:
+        return by_time
+    by_lock = literal(in_words(request, 0, Evidence.LOCK), Text)
+    return case((table.evidence == Evidence.LOCK.value, by_lock), else_=by_time)
 
 
 def _by_number(number: ColumnElement[int], told: dict[int, str]) -> ColumnElement[str]:

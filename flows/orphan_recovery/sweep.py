@@ -9,11 +9,12 @@ import socket
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from sqlalchemy import ColumnElement
+from sqlalchemy import ColumnElement, Text, and_, any_, literal, or_, select
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from orphan_recovery import RECOVERY_ENABLED
 from orphan_recovery.database import Executor
-from orphan_recovery.detect import Fleet, Silence, look_at_fleet, look_at_silence
+from orphan_recovery.detect import Among, Fleet, Silence, look_at_fleet, look_at_silence, orphans
 from orphan_recovery.doubt import (
     LONGEST_WAIT,
     Circumstances,
@@ -57,6 +58,8 @@ class Look:
     """Why it is not to be believed yet."""
     waited: timedelta = timedelta(0)
     """How long the sweep has waited for it in all."""
+    unlocked: frozenset[str] = frozenset()
+    """Runs whose lock was gone at every look, where locks are the evidence."""
 
     @property
     def is_idle(self) -> bool:
@@ -100,7 +103,7 @@ async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Lo
     failed_over = look.now.other_timeline
     waited = before.waited + (before.doubt.wait if before.doubt else timedelta(0))
     doubt = look.doubt if came_up_again or failed_over else None
-    return replace(look, doubt=doubt, waited=waited)
+    return replace(look, doubt=doubt, waited=waited, unlocked=before.unlocked & look.unlocked)
 
 
 async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Look:
@@ -109,10 +112,20 @@ async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Lo
     if not fleet.orphans:
         return Look(now, fleet, None, None)
     silence, beat = await look_at_silence(db, request), None
-    if fleet.beating and request.target.lock is None:
+    if request.target.lock is not None:
+        unlocked = await _unlocked(db, request)
+        doubt = doubts(now, fleet, silence, request, request.target.beat)
+        return Look(now, fleet, silence, doubt, unlocked=unlocked)
+    if fleet.beating:
         beat, _ = await beat_of(db, request)
     doubt = doubts(now, fleet, silence, request, beat or request.target.beat)
     return Look(now, fleet, silence, doubt)
+
+
+async def _unlocked(db: Executor, request: SweepRequest) -> frozenset[str]:
+    table = await runs_table(db, request.target)
+    found = orphans(table, request).where(table.evidence == Evidence.LOCK.value).subquery()
+    return frozenset((await db.execute(select(found.c.id))).scalars())
 
 
 def log_doubt(request: SweepRequest, doubt: Doubt) -> None:
@@ -130,12 +143,14 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
     if request.dry_run:
         return Decision(None, None)
     if look.is_idle:
-        return Decision(None, seen_silent(request, look.fleet.seen_at))
-    if report.postponed:
-        return _logged(
-            request, await decide(db, request, look.now, look.fleet.seen_at, among=_shows_only_age)
-        )
-    return _logged(request, await decide(db, request, look.now, look.fleet.seen_at))
+        decision = Decision(None, seen_silent(request, look.fleet.seen_at))
+    elif report.postponed:
+        decision = await decide(db, request, look.now, look.fleet.seen_at, among=_shows_only_age)
+    else:
+        decision = await decide(db, request, look.now, look.fleet.seen_at)
+    if request.target.lock is not None:
+        decision = replace(decision, among=_seen_unlocked(look.unlocked, decision.among))
+    return _logged(request, decision)
 
 
 def _logged(request: SweepRequest, decision: Decision) -> Decision:
@@ -167,6 +182,17 @@ async def finish(db: Executor, report: SweepReport, failed: list[Verdict]) -> li
     late = sum(verdict.outcome is Outcome.MARKED for verdict in settled)
     report.heard_of(marked - late)
     return settled
+
+
+def _seen_unlocked(unlocked: frozenset[str], among: Among | None) -> Among:
+    """Of what a lock decides, only what had none at each look: another lost it a moment ago."""
+    ids = literal(sorted(unlocked), ARRAY(Text()))
+
+    def seen(table: RunsTable) -> ColumnElement[bool]:
+        twice = or_(table.evidence != Evidence.LOCK.value, table.run_id == any_(ids))
+        return twice if among is None else and_(among(table), twice)
+
+    return seen
 
 
 def _shows_only_age(table: RunsTable) -> ColumnElement[bool]:

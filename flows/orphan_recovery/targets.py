@@ -47,6 +47,8 @@ DEFAULT_TARGET: Final = "default"
 DEFAULT_TABLE: Final = "worker_runs"
 DEFAULT_BEAT_SECONDS: Final = 10.0
 """Between two beats of a worker, where nobody said."""
+LONGEST_LOCK_BEAT_SECONDS: Final = 30.0
+"""A sweep waits two beats for a lock to be taken again, and a minute at most for anything."""
 TARGETS_PREFIX: Final = "ORPHAN_RECOVERY_TARGETS"
 
 _TARGET_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -255,6 +257,12 @@ class Target(_Described):
                 raise ValueError(f"{used[column]} and {role} are both the column {column!r}")
             used[column] = role
         written = {self.columns.status, self.columns.error, self.columns.completed_at}
+        if self.lock is not None and self.beat.total_seconds() > LONGEST_LOCK_BEAT_SECONDS:
+            raise ValueError(
+                f"heartbeat_seconds is {self.heartbeat_seconds:g}: with lock, give at most "
+                f"{LONGEST_LOCK_BEAT_SECONDS:g}, since a sweep waits two beats and no more than a "
+                "minute"
+            )
         if kept := [name for name in self.release if name in {*written, *self.columns.id}]:
             raise ValueError(f"release has {kept[0]!r}, which the mark writes or is the key")
         return self

@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -239,6 +240,20 @@ def fork(asked: argparse.Namespace) -> None:
     next_order()
 
 
+def outlive(asked: argparse.Namespace) -> None:
+    """A master that holds a run, and a child that was forked from it meanwhile and goes on."""
+    [run] = asked.runs
+    block(asked, run).__enter__()
+    say("holding")
+    next_order()
+    if os.fork() == 0:
+        say("child lives")
+        next_order()
+        say("child ends")
+        os._exit(0)
+    signal.pause()
+
+
 def leave(asked: argparse.Namespace) -> None:
     """End the interpreter while a run is held."""
     [run] = asked.runs
@@ -249,7 +264,7 @@ def leave(asked: argparse.Namespace) -> None:
 
 MODES: dict[str, Callable[[argparse.Namespace], Any]] = {
     mode.__name__: mode
-    for mode in (hold, hold_async, stop, stop_async, quick, quick_async, fork, leave)
+    for mode in (hold, hold_async, stop, stop_async, quick, quick_async, fork, outlive, leave)
 }
 
 

@@ -28,7 +28,7 @@ from orphan_recovery.database import describe, make_engine, transaction
 from orphan_recovery.log import logger
 from orphan_recovery.runs import runs_table
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target
+from orphan_recovery.targets import Target, where
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -117,7 +117,7 @@ class Beater:
         Raises:
             ConfigurationError: as :func:`require_beat`.
         """
-        if self._has_place or self._locks is not None:
+        if self._has_place:
             return
         try:
             self.submit(self._look).result(self.interval)
@@ -129,11 +129,18 @@ class Beater:
 
     async def _look(self, engine: AsyncEngine) -> None:
         async with transaction(engine) as db:
-            require_beat(await runs_table(db, self.target))
+            table = await runs_table(db, self.target)
+        if self._locks is None:
+            require_beat(table)
 
     def submit(self, work: Callable[[AsyncEngine], Coroutine[Any, Any, T]]) -> "Future[T]":
         """Do ``work`` on the beater's connections, in its thread."""
         return asyncio.run_coroutine_threadsafe(work(self._engine), self._loop)
+
+    def leave_to_parent(self) -> None:
+        """In the child of a fork: let the parent's locks go with the parent."""
+        if self._locks is not None:
+            self._locks.leave_to_parent()
 
     def stop(self) -> None:
         """End the thread. For the end of the process."""
@@ -258,9 +265,15 @@ def beater_of(target: Target, url: URL, interval: float | None) -> Beater:
 
     Raises:
         ConfigurationError: the interval is not above 0, or three beats do not fit into the
-            shortest threshold.
+            shortest threshold, or it is not the target's own where locks are kept.
     """
     seconds = target.beat.total_seconds() if interval is None else interval
+    if target.lock is not None and seconds != target.beat.total_seconds():
+        raise ConfigurationError(
+            f"a beat every {seconds:g} seconds does not go with target {target.name!r}, whose "
+            "sweeps wait two beats of its own for a lock: leave the interval out, and set "
+            f"{where(target, 'heartbeat_seconds')}"
+        )
     rules = [rule.threshold_minutes for rule in target.rules if rule.threshold_minutes]
     least = 60 * min([target.threshold_minutes, *rules])
     if seconds <= 0 or seconds * BEATS_IN_A_THRESHOLD > least:
@@ -280,6 +293,8 @@ def _forget() -> None:
     """In the child of a fork there is none of the parent's threads, and its lock may be held."""
     global _making
     _making = threading.Lock()
+    for one in _beaters.values():
+        one.leave_to_parent()
     _beaters.clear()
 
 

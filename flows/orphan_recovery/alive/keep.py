@@ -16,6 +16,7 @@ from orphan_recovery.alive.beater import Beater, Hold, beater_of
 from orphan_recovery.alive.lost import RunLost
 from orphan_recovery.alive.write import finish_run, finish_run_sync
 from orphan_recovery.database import address
+from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target
 
 
@@ -100,6 +101,11 @@ class keep_alive:  # noqa: N801 - used as a function
             raise self._lost() from error
 
     def _find_beater(self) -> Beater:
+        if self._target.lock == "worker" and self._worker_id is None:
+            raise ConfigurationError(
+                f"target {self._target.name!r} keeps a lock for each worker: name the worker that "
+                f"holds run {self._run_id!r}"
+            )
         beater = beater_of(self._target, address(self._target), self._interval)
         beater.require_place()
         return beater

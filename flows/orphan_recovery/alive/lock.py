@@ -6,21 +6,33 @@ the run up. And a transaction-mode pooler hands the session to others: lock evid
 connection of the worker's own.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Text, func, literal, select
+from sqlalchemy import Select, Text, column, func, literal, select
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.alive.beat import Beaten, found, look, lost_by
 from orphan_recovery.alive.lost import RunLost
-from orphan_recovery.runs import lock_key, runs_table
-from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.runs import RunsTable, lock_key, runs_table
 from orphan_recovery.targets import Target
 
 LOST_AFTER_BEATS: Final = 2
 """As long as a sweep waits between its two looks."""
+NOTICE: Final = {
+    "tcp_keepalives_idle": "15",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+"""What the server is told, so that it drops within about half a minute the connection of a host
+that is gone: of that nobody tells it, and by its own settings it may wait for hours."""
+
+Run = tuple[str, str | None]
+"""A run's key as it was given, and its worker."""
 
 
 class Locks:
@@ -30,14 +42,17 @@ class Locks:
         self.target = target
         self.lost_after = LOST_AFTER_BEATS * beat
         self._connection: AsyncConnection | None = None
+        self._socket: int | None = None
         self._held: set[str] = set()
         """Whose locks that connection holds: runs, or workers."""
+        self._written: dict[str, str] = {}
+        """The keys of runs as the database writes them, by how they were given."""
 
     @property
     def any_held(self) -> bool:
         return bool(self._held)
 
-    async def prove(self, engine: AsyncEngine, runs: Sequence[tuple[str, str | None]]) -> Beaten:
+    async def prove(self, engine: AsyncEngine, runs: Sequence[Run]) -> Beaten:
         """Hold a lock for each of ``runs``, or their workers, and for nobody else.
 
         Returns:
@@ -49,42 +64,68 @@ class Locks:
         """
         try:
             connection = await self._open(engine)
-            wanted = {self._whose(run) for run in runs}
-            for whose in self._held - wanted:
-                await connection.execute(select(func.pg_advisory_unlock(self._key(whose))))
+            table = await runs_table(connection, self.target)
+            await self._learn_keys(connection, table, runs)
+            wanted = {whose for run in runs if (whose := self._whose(run)) is not None}
+            if stale := self._held - wanted:
+                await connection.execute(_each(table, stale, func.pg_advisory_unlock))
             self._held &= wanted
-            for whose in wanted - self._held:
-                taken = select(func.pg_try_advisory_lock(self._key(whose)))
-                if (await connection.execute(taken)).scalar_one():
-                    self._held.add(whose)
-            return await self._see(connection, runs)
+            if missing := wanted - self._held:
+                tried = await connection.execute(_each(table, missing, func.pg_try_advisory_lock))
+                self._held |= {row.whose for row in tried if row.done}
+            return await self._see(connection, table, runs)
         except BaseException:
             await self.let_go()
             raise
 
     async def let_go(self) -> None:
         """Close the connection, and so drop every lock."""
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._socket = self._connection, None, None
         self._held.clear()
         if connection is not None:
             await connection.invalidate()
             await connection.close()
+
+    def leave_to_parent(self) -> None:
+        """In the child of a fork: close its copy of the connection, and tell the server nothing.
+
+        The server sees the end of a connection only when every process has closed it: with a
+        copy in a child that lives on, a parent's death would never be known.
+        """
+        if self._socket is not None:
+            os.close(self._socket)
 
     async def _open(self, engine: AsyncEngine) -> AsyncConnection:
         if self._connection is None:
             connection = await engine.connect()
             self._connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
             self._held.clear()
+            raw = (await connection.get_raw_connection()).driver_connection
+            assert raw is not None  # noqa: S101 - it is open
+            self._socket = raw.fileno()
+            told = (func.set_config(name, value, False) for name, value in NOTICE.items())
+            await connection.execute(select(*told))
         return self._connection
 
+    async def _learn_keys(
+        self, connection: AsyncConnection, table: RunsTable, runs: Sequence[Run]
+    ) -> None:
+        """A sweep knows a run by its key as the database writes it, so its lock goes by that."""
+        if self.target.lock != "run":
+            return
+        given = {run_id for run_id, _ in runs}
+        self._written = {run: key for run, key in self._written.items() if run in given}
+        if new := [run for run in runs if run[0] not in self._written]:
+            rows = (await connection.execute(look(table, new))).mappings()
+            self._written |= {row["run_id"]: row["key"] for row in rows if not row["vanished"]}
+
     async def _see(
-        self, connection: AsyncConnection, runs: Sequence[tuple[str, str | None]]
+        self, connection: AsyncConnection, table: RunsTable, runs: Sequence[Run]
     ) -> Beaten:
         if not runs:
             return Beaten({}, {})
-        proven: dict[tuple[str, str | None], timedelta | None] = {}
-        lost: dict[tuple[str, str | None], RunLost] = {}
-        table = await runs_table(connection, self.target)
+        proven: dict[Run, timedelta | None] = {}
+        lost: dict[Run, RunLost] = {}
         rows = (await connection.execute(look(table, runs))).mappings()
         by_run = {(row["run_id"], row["held_by"]): row for row in rows}
         for run in runs:
@@ -96,16 +137,15 @@ class Locks:
                 proven[run] = self.lost_after
         return Beaten(proven, lost)
 
-    def _whose(self, run: tuple[str, str | None]) -> str:
+    def _whose(self, run: Run) -> str | None:
+        """Whose lock proves that a run is alive; None for a run that is gone."""
         run_id, worker_id = run
-        if self.target.lock == "run":
-            return run_id
-        if worker_id is None:
-            raise ConfigurationError(
-                f"target {self.target.name!r} keeps a lock for each worker: name the worker that "
-                f"holds run {run_id!r}"
-            )
-        return worker_id
+        return self._written.get(run_id) if self.target.lock == "run" else worker_id
 
-    def _key(self, whose: str):  # type: ignore[no-untyped-def]
-        return lock_key(self.target, literal(whose, Text))
+
+def _each(table: RunsTable, whose: Collection[str], do: Any) -> Select[Any]:
+    """Take, or give back, the locks of all in one statement."""
+    names = literal(sorted(whose), ARRAY(Text()))
+    each = func.unnest(names).table_valued(column("whose", Text()), name="orphan_recovery_whose")
+    name = each.render_derived().c.whose
+    return select(name, do(lock_key(table.relation, name)).label("done"))

@@ -1,0 +1,181 @@
+"""Any runs table: what the mark writes, and what a run did meanwhile, in the table's own words."""
+
+import dataclasses
+from pathlib import Path
+from typing import LiteralString
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+from orphan_recovery import ConfigurationError, mark_run_as_crashed
+from orphan_recovery.request import DEFAULT_REASON
+from orphan_recovery.summarize import summarize_target
+from orphan_recovery.targets import find_target
+from support import Database
+from tables_support import add, configure, look, outcome_of, request, simple, statuses, sweep
+
+
+@pytest.mark.parametrize(
+    ("kind", "room"),
+    [("text", None), ("varchar", None), ("varchar(80)", 80), ("char(80)", 80)],
+)
+async def test_the_error_is_cut_to_what_the_column_holds(
+    blank: Database, kind: LiteralString, room: int | None
+) -> None:
+    blank.do("CREATE DOMAIN message AS varchar(50)")
+    target = simple(blank, f"error {kind}")
+    reason = "\N{SNOWMAN} node lost, 100% of it: " + "x" * 200
+    report = await sweep(target, reason=reason)
+    assert (report.failed, report.recovered) == (0, 1)
+    error = blank.one("SELECT error FROM jobs")
+    assert error[:room].startswith(reason[:room])
+    assert len(error) == room if room else error.endswith(str(report.request.sweep_id))
+    assert blank.verdicts()[0]["reason"] == reason, "the ledger has all of it"
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonb"])
+async def test_an_error_in_a_json_column_is_a_json_text_and_reads_as_plain_text(
+    blank: Database, kind: LiteralString
+) -> None:
+    target = simple(blank, f"error {kind}", crashed="crashed")
+    reason = 'said "no" \\ {"a": 1}'
+    assert (await sweep(target, reason=reason)).recovered == 1
+    assert blank.one("SELECT json_typeof(error::json) FROM jobs") == "string"
+    told = blank.one("SELECT error #>> '{}' FROM jobs")
+    assert told.startswith(f"{reason}; last sign of life ")
+    [run] = (await summarize_target(target))["recent_crashes"]
+    assert run["error"] == told
+
+
+async def test_released_columns_are_emptied_and_the_ledger_keeps_who_held_the_run(
+    blank: Database,
+) -> None:
+    target = simple(
+        blank,
+        "lock_token uuid DEFAULT gen_random_uuid()",
+        'slot int DEFAULT 7, ADD "kept for 100%" int DEFAULT 8',
+        release=("worker_id", "lock_token", "slot"),
+    )
+    assert (await sweep(target)).recovered == 1
+    [row] = blank.do('SELECT worker_id, lock_token, slot, "kept for 100%" AS kept FROM jobs')
+    assert list(row.values()) == [None, None, None, 8]
+    [verdict] = blank.verdicts()
+    assert (verdict["worker_id"], verdict["outcome"]) == ("worker-1", "marked")
+
+
+async def test_where_a_crash_is_one_failure_of_many_only_marked_runs_are_summed_up(
+    blank: Database,
+) -> None:
+    target = simple(
+        blank,
+        "error text",
+        crashed="failed",
+        terminal=("completed", "failed"),
+        in_flight=("running",),
+    )
+    for number in range(12):
+        add(blank, f"orphan {number:02}", age=f"{3 + number} hours")
+        add(blank, f"ordinary {number}", "failed")
+    assert (await sweep(target, limit=12)).recovered == 12
+    assert (await sweep(target)).recovered == 1
+    summary = await summarize_target(target)
+    assert summary["total_crashed"] == 13
+    newest = summary["recent_crashes"]
+    assert len(newest) == 10
+    assert newest[0]["run_id"] == "run"
+    assert {run["run_id"] for run in newest[1:]} < {f"orphan {n:02}" for n in range(12)}
+    assert newest[0]["worker_id"] == "worker-1"
+    assert newest[0]["error"].startswith(DEFAULT_REASON)
+
+
+async def test_another_target_of_the_same_table_has_a_summary_of_its_own(blank: Database) -> None:
+    first = simple(blank, crashed="failed", in_flight=("running",))
+    add(blank, "queued", "queued")
+    second = first.model_copy(update={"name": "second", "in_flight": ("queued",)})
+    assert (await sweep(first)).recovered == 1
+    assert (await sweep(second)).recovered == 1
+    told = [await summarize_target(target) for target in (first, second)]
+    assert [t["total_crashed"] for t in told] == [1, 1]
+    assert [t["recent_crashes"][0]["run_id"] for t in told] == ["run", "queued"]
+
+
+# Outcomes by name, in the table's own words.
+
+MOVES: dict[str, tuple[LiteralString, str]] = {
+    "ends well": ("UPDATE jobs SET status = 'erledigt'", "finished_first"),
+    "fails": ("UPDATE jobs SET status = 'kaputt'", "finished_first"),
+    "has a word that nobody knows": ("UPDATE jobs SET status = '?'", "finished_first"),
+    "is put back": ("UPDATE jobs SET status = 'wartet'", "sign_of_life"),
+    "is put back and given up": (
+        "UPDATE jobs SET status = 'wartet', worker_id = NULL",
+        "changed_hands",
+    ),
+    "moves on": ("UPDATE jobs SET status = 'packt'", "sign_of_life"),
+    "beats": ("UPDATE jobs SET heartbeat_at = now()", "sign_of_life"),
+    "changes hands": ("UPDATE jobs SET worker_id = 'worker-2'", "changed_hands"),
+    "vanishes": ("DELETE FROM jobs", "vanished"),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+async def test_what_a_run_did_meanwhile_has_a_name_in_any_words(
+    blank: Database, engine: AsyncEngine, move: str
+) -> None:
+    statement, outcome = MOVES[move]
+    target = simple(
+        blank,
+        in_flight=("läuft", "packt"),
+        waiting=("wartet",),
+        terminal=("erledigt", "kaputt"),
+        crashed="kaputt",
+    )
+    blank.do("UPDATE jobs SET status = 'läuft'")
+    asked = request(target)
+    [run] = await look(engine, asked)
+    blank.do(statement)
+    before = blank.do("SELECT xmin::text, * FROM jobs")
+    assert await outcome_of(engine, asked, run) == outcome
+    assert blank.do("SELECT xmin::text, * FROM jobs") == before
+    [verdict] = blank.verdicts()
+    assert verdict["outcome"] == outcome
+    assert (verdict["found"] or {}).get("status") == (before[0]["status"] if before else None)
+
+
+async def test_a_snapshot_of_another_target_is_marked_in_that_targets_table(
+    blank: Database, engine: AsyncEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(
+        tmp_path,
+        monkeypatch,
+        """
+        [targets.default]
+        table = "jobs"
+        crashed = "failed"
+        in_flight = ["running"]
+
+        [targets.other]
+        table = "other jobs"
+        crashed = "lost"
+        in_flight = ["busy"]
+        columns = {id = "the id", status = "state"}
+        """,
+        "default",
+    )
+    simple(blank, in_flight=("running",))
+    blank.do(
+        'CREATE TABLE "other jobs" ("the id" text PRIMARY KEY, state text, created_at timestamptz,'
+        " error text);"
+        "INSERT INTO \"other jobs\" VALUES ('run', 'busy', now() - interval '2 hours')"
+    )
+    [run] = await look(engine, request(find_target("other")))
+    async with AsyncSession(engine) as session, session.begin():
+        assert await mark_run_as_crashed(session, run, "node lost") is True
+    assert statuses(blank) == {"run": "running"}
+    [row] = blank.do('SELECT state, error FROM "other jobs"')
+    assert row["state"] == "lost"
+    assert row["error"].startswith("node lost; ")
+    assert [(v["target"], v["run_id"]) for v in blank.verdicts()] == [("other", "run")]
+    unknown = dataclasses.replace(run, target="unheard of")
+    async with AsyncSession(engine) as session:
+        with pytest.raises(ConfigurationError, match="no target 'unheard of'"):
+            await mark_run_as_crashed(session, unknown)
