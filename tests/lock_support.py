@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import literal, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from orphan_recovery.describe import runs_table
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.runs import runs_table
 from orphan_recovery.targets import Target
 from support import Database, until
 from tables_support import configure

@@ -11,10 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 
 from orphan_recovery import ConfigurationError, Evidence, RunStatus, detect_orphaned_runs
 from orphan_recovery.database import database_url, make_engine
+from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import detect, look_at_fleet, orphans
 from orphan_recovery.doctor import explain
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.runs import runs_table
 from support import Database
 
 

@@ -7,10 +7,10 @@ from psycopg import sql
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import orphans
 from orphan_recovery.doctor import explain
 from orphan_recovery.migrate import migrate
-from orphan_recovery.runs import runs_table
 from orphan_recovery.targets import Target
 from support import Database
 from tables_support import do, names_in, request, simple

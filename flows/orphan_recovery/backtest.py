@@ -62,9 +62,10 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP, array
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from orphan_recovery.database import Executor, address, make_engine, transaction
+from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA, contests, verdicts
 from orphan_recovery.rules import BY_THRESHOLD
-from orphan_recovery.runs import TIMES, RunsTable, describe_runs
+from orphan_recovery.runs import TIMES, RunsTable
 from orphan_recovery.settings import ConfigurationError, check_threshold
 from orphan_recovery.targets import MATCHED, Rule, Target
 from orphan_recovery.verdict import Outcome

@@ -45,8 +45,8 @@ def init(
     Appends to orphan-recovery.toml (or the file that ORPHAN_RECOVERY_CONFIG names), and changes
     nothing in the database.
     """
+    from orphan_recovery.describe import describe_runs
     from orphan_recovery.guess import GUESS_AGAIN, draft_target
-    from orphan_recovery.runs import describe_runs
 
     path = load_settings().config or Path(CONFIG_FILE)
     if path.exists() and target in load_targets():

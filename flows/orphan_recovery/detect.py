@@ -17,10 +17,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
 from orphan_recovery.database import Executor
+from orphan_recovery.describe import runs_table
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import in_words, number_of, reason_of, shortest, threshold_of
 from orphan_recovery.run import Evidence, WorkerRun
-from orphan_recovery.runs import TIMES, RunsTable, runs_table
+from orphan_recovery.runs import TIMES, RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target
 

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import address, describe, make_engine
 from orphan_recovery.ddl import create_index, truth_trigger_is_there, written_columns
+from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import look_at_fleet, orphans
 from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.ledger import SCHEMA, Ended, sweeps
@@ -25,7 +26,7 @@ from orphan_recovery.migrate import newest_revisions, revisions
 from orphan_recovery.report import span
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import shortest
-from orphan_recovery.runs import ROLES, RunsTable, runs_table
+from orphan_recovery.runs import ROLES, RunsTable
 from orphan_recovery.schedule import DEFAULT_INTERVAL, Schedule, look_up_schedule
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target, where

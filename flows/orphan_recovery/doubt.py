@@ -15,13 +15,14 @@ from sqlalchemy import Select, and_, case, func, literal, or_, select
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.database import Executor, server_started
+from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Fleet, Silence
 from orphan_recovery.ledger import contests, holds, sweeps, verdicts
 from orphan_recovery.report import span
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.run import Evidence
-from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.verdict import Outcome
 

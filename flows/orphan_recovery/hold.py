@@ -29,13 +29,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.database import Executor
+from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Silence, look_at_silence, orphans
 from orphan_recovery.doubt import Circumstances
 from orphan_recovery.ledger import approvals, hold_runs, holds, verdicts
 from orphan_recovery.report import Held, iso
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
-from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target
 from orphan_recovery.verdict import Outcome

@@ -27,9 +27,9 @@ from sqlalchemy.pool import NullPool
 from orphan_recovery.catalog import Relation
 from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address
 from orphan_recovery.ddl import Change, changes, undoing
+from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA, sweeps
 from orphan_recovery.policy import sqlstate
-from orphan_recovery.runs import describe_runs
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target, find_target
 

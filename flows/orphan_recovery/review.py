@@ -8,9 +8,10 @@ from sqlalchemy import Connection, func, select
 
 from orphan_recovery.catalog import ColumnFacts, Relation, look_up
 from orphan_recovery.ddl import changes, role_statements, worker_statements
+from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.migrate import VERSION_TABLE, default_table_ddl, ledger_sql, revisions
-from orphan_recovery.runs import RunsTable, describe_runs
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.targets import DEFAULT_TABLE, Target
 
 

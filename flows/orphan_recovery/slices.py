@@ -26,12 +26,13 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
 from orphan_recovery.database import Executor
+from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, orphans, snapshot
 from orphan_recovery.ledger import verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import in_words, reason_of, shortest
 from orphan_recovery.run import Evidence, WorkerRun
-from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.verdict import Outcome, Verdict
 
 _AWARE = TIMESTAMP(timezone=True)

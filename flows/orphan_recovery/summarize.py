@@ -10,10 +10,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, RowMapping, Select, and_, func, literal, select
 
 from orphan_recovery.database import Executor, address, make_engine, transaction
+from orphan_recovery.describe import runs_table
 from orphan_recovery.doubt import CONTESTS_WITHIN
 from orphan_recovery.ledger import SCHEMA, contests, verdicts
 from orphan_recovery.report import iso
-from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.targets import Target, find_target
 from orphan_recovery.verdict import Outcome
 

@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from orphan_recovery import RECOVERY_ENABLED
 from orphan_recovery.database import Executor
+from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Fleet, Silence, look_at_fleet, look_at_silence, orphans
 from orphan_recovery.doubt import (
     LONGEST_WAIT,
@@ -31,7 +32,7 @@ from orphan_recovery.mark import settle
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence, WorkerRun
-from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ENABLED_VARIABLE, load_settings
 from orphan_recovery.verdict import Outcome, Verdict
 

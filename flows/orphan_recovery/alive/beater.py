@@ -25,8 +25,8 @@ from orphan_recovery.alive.beat import beat, require_beat
 from orphan_recovery.alive.lock import Locks
 from orphan_recovery.alive.lost import LostBy, RunLost
 from orphan_recovery.database import describe, make_engine, transaction
+from orphan_recovery.describe import runs_table
 from orphan_recovery.log import logger
-from orphan_recovery.runs import runs_table
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target, where
 

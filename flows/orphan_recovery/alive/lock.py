@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.alive.beat import Beaten, found, look, lost_by
 from orphan_recovery.alive.lost import RunLost
-from orphan_recovery.runs import RunsTable, lock_key, runs_table
+from orphan_recovery.describe import runs_table
+from orphan_recovery.runs import RunsTable, lock_key
 from orphan_recovery.targets import Target
 
 LOST_AFTER_BEATS: Final = 2

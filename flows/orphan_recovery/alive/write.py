@@ -16,10 +16,11 @@ from orphan_recovery.alive.beat import found, guards, look, lost_by
 from orphan_recovery.alive.beater import await_future, beater_of
 from orphan_recovery.alive.lost import LostBy, RunLost
 from orphan_recovery.database import address, describe, transaction
+from orphan_recovery.describe import runs_table
 from orphan_recovery.ledger import record_contest
 from orphan_recovery.log import logger
 from orphan_recovery.policy import retrying
-from orphan_recovery.runs import RunsTable, runs_table
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target, find_target, where
 
