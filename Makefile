@@ -1,6 +1,7 @@
 # make demo      see it work, on real processes and a real database
 # make demo UI=1 the same, and leave Prefect's UI and fresh orphans up to click on
-# make bench     what proof of life costs, and how soon a death is known
+# make bench     how fast it is, against its goals and its peers; what proof of life costs
+#                (QUICK=1: small, judges nothing; ONLY="rates flow": some of it)
 # make test      lint, types and the whole suite, against a real Postgres
 #
 # The suite and the demo start a Postgres of their own; TEST_DATABASE_URL names another for the suite.
@@ -21,7 +22,11 @@ test: lint
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python benchmarks/signs_of_life.py
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null \
+	|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) \
+		$(if $(ONLY),--only $(ONLY),$(if $(QUICK),,--json benchmarks/results.json --docs docs))
+	$(if $(QUICK)$(ONLY),,$(BIN)/python benchmarks/signs_of_life.py)
 
 lint: setup
 	$(BIN)/ruff check

@@ -8,7 +8,10 @@ import time
 
 import pytest
 
+from orphan_recovery.recover import run_sweep
+from orphan_recovery.request import SweepRequest
 from support import Database
+from tables_support import set_for_all
 
 SWEEP = textwrap.dedent(
     """
@@ -63,3 +66,24 @@ def test_a_worker_whose_clock_is_hours_off_beats_in_database_time(
     db.add_run("beating", age="5 hours")
     subprocess.run([sys.executable, "-c", WORKER, db.url, str(hours_off)], check=True)
     assert db.one("SELECT abs(extract(epoch FROM now() - heartbeat_at)) < 60 FROM worker_runs")
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/New_York"])
+async def test_a_day_is_24_hours_whatever_the_calendar_of_the_session(
+    db: Database, zone: str
+) -> None:
+    """Between then and now the clocks of Berlin were put forward, or back."""
+    [changed] = db.do(
+        "SELECT n FROM generate_series(1, 300) AS n WHERE timezone('Europe/Berlin', now())"
+        " - timezone('Europe/Berlin', now() - n * interval '24 hours') <> n * interval '24 hours'"
+        " ORDER BY n LIMIT 1"
+    )
+    set_for_all(db, f"TimeZone = '{zone}'")
+    for number in (changed["n"] - 1, changed["n"]):
+        hours = 24 * number
+        dead = db.add_run(f"dead {hours}", age=f"{hours} hours 10 minutes")
+        live = db.add_run(f"live {hours}", age=f"{hours - 1} hours 50 minutes")
+        report = await run_sweep(SweepRequest(asked_by="test", threshold_minutes=hours * 60))
+        assert (report.error, report.recovered) == (None, 1)
+        assert (db.status(dead), db.status(live)) == ("crashed", "running")
+        db.do("DELETE FROM worker_runs WHERE status = 'running'")

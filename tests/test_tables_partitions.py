@@ -170,7 +170,9 @@ async def test_detection_in_a_partitioned_table_reads_by_the_indexes_of_its_part
         plan = await explain(connection, statement)
     used = names_in(plan)
     assert used
-    assert all(name.endswith("_in_flight") for name in used)
+    # One that holds nothing but what is in flight may be read by any index.
+    fit = {name for name in used if name.endswith("_in_flight")} | {"events_open_pkey"}
+    assert set(used) <= fit
 
 
 LATER: dict[str, LiteralString] = {

@@ -61,7 +61,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP, array
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from orphan_recovery.database import Executor, address, make_engine, transaction
+from orphan_recovery.database import Executor, Span, address, make_engine, transaction
 from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA, contests, verdicts
 from orphan_recovery.rules import BY_THRESHOLD
@@ -293,7 +293,7 @@ def _finished(runs: RunsTable, asked: _Asked, has_ledger: bool) -> CTE:
     """Each finished run: its longest silences, which rules they come under, or why it has none."""
     target = asked.target
     ended_at = runs.columns.completed_at
-    since = runs.stored("completed_at", _NOW - literal(timedelta(days=asked.days)))
+    since = runs.stored("completed_at", _NOW - literal(timedelta(days=asked.days), Span))
     row = (
         select(
             runs.run_id.label("run_id"),
@@ -468,7 +468,7 @@ def _judged() -> FromClause:
 
 
 def _of(asked: _Asked) -> list[ColumnElement[bool]]:
-    since = _NOW - literal(timedelta(days=asked.days))
+    since = _NOW - literal(timedelta(days=asked.days), Span)
     return [verdicts.c.target == asked.target.name, verdicts.c.judged_at >= since]
 
 
@@ -590,11 +590,11 @@ def _array(values: list[Any], kind: Any) -> ColumnElement[Any]:
 
 
 def _minutes(rule: Rule) -> ColumnElement[timedelta]:
-    return literal(timedelta(minutes=rule.threshold_minutes or 0), Interval)
+    return literal(timedelta(minutes=rule.threshold_minutes or 0), Span)
 
 
 def _spans(asked: _Asked) -> list[ColumnElement[timedelta]]:
-    return [literal(timedelta(minutes=minutes), Interval) for minutes in asked.minutes]
+    return [literal(timedelta(minutes=minutes), Span) for minutes in asked.minutes]
 
 
 def _rule_of_verdict(target: Target) -> ColumnElement[int]:

@@ -8,11 +8,22 @@ transaction of our own has a lock and a statement time-out.
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
-from sqlalchemy import URL, ColumnElement, Select, column, func, make_url, select, table
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Interval,
+    Select,
+    TypeDecorator,
+    column,
+    func,
+    make_url,
+    select,
+    table,
+)
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
@@ -25,6 +36,21 @@ if TYPE_CHECKING:
 
 Executor = AsyncConnection | AsyncSession
 """What the verbs run on: our own connection, or the session of a caller."""
+
+
+class Span(TypeDecorator[timedelta]):
+    """A length of time as a bound value, in seconds: a day is 24 hours of them, always.
+
+    The driver would send whole days as days, and from a timestamptz the server takes those by the
+    calendar of the session's TimeZone: by that a day is 23 hours long, or 25, twice a year.
+    """
+
+    impl = Interval
+    cache_ok = True
+
+    def process_bind_param(self, value: timedelta | None, dialect: Any) -> Any:  # noqa: ARG002
+        return None if value is None else f"{value.total_seconds():.6f} seconds"
+
 
 CONNECT_TIMEOUT_SECONDS: Final = 10
 LOCK_TIMEOUT_MS: Final = 5_000

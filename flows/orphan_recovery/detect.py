@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP, aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
-from orphan_recovery.database import Executor
+from orphan_recovery.database import Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import in_words, number_of, reason_of, shortest, threshold_of
@@ -103,8 +103,11 @@ def orphans(
             now.label("seen_at"),
         )
         .select_from(runs.reads_from())
-        .where(runs.in_flight)  # what is terminal never comes up
-        .where(runs.silent_since(now - threshold, now - shortest(request)))  # database time
+        # In database time; and what is terminal never comes up.
+        .where(runs.in_flight)
+        .where(
+            runs.silent_since(now - threshold, now - literal(shortest(request), Span))
+        )  # database time
         .where(~runs.is_locked)  # a lock is proof of life
         .order_by(runs.sign_of_life, *runs.key)  # longest silence first; ties always the same way
     )

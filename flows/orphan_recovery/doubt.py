@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy import Select, and_, case, func, literal, or_, select
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.database import Executor, server_started
+from orphan_recovery.database import Executor, Span, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Fleet, Silence
 from orphan_recovery.ledger import contests, holds, sweeps, verdicts
@@ -205,7 +205,7 @@ def _server_and_ledger(target: str) -> Select[Any]:
     of_target = and_(
         verdicts.c.target == target,
         verdicts.c.outcome == Outcome.MARKED.value,
-        verdicts.c.judged_at > _NOW - literal(CONTESTS_WITHIN),
+        verdicts.c.judged_at > _NOW - literal(CONTESTS_WITHIN, Span),
     )
     contested = (
         select(func.count())

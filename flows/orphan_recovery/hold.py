@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.database import Executor
+from orphan_recovery.database import Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Silence, look_at_silence, orphans
 from orphan_recovery.doubt import Circumstances
@@ -165,7 +165,7 @@ async def approve(
         .values(
             hold_id=found[0],
             approved_at=_NOW,
-            expires_at=_NOW + literal(lasting),
+            expires_at=_NOW + literal(lasting, Span),
             approved_by=by,
             note=note,
         )

@@ -14,7 +14,6 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Insert,
-    Interval,
     RowMapping,
     Select,
     Text,
@@ -31,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
-from orphan_recovery.database import Executor, server_started
+from orphan_recovery.database import Executor, Span, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.ledger import note_direct_call, record, require_ledger, verdicts
 from orphan_recovery.log import logger
@@ -269,7 +268,7 @@ def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> TableValuedAli
         "sign_of_life": (_AWARE, [run.sign_of_life for run in runs]),
         "seen_at": (_AWARE, [run.seen_at for run in runs]),
         "evidence": (Text(), [run.evidence.value for run in runs]),
-        "threshold": (Interval(), [run.threshold for run in runs]),
+        "threshold": (Span(), [run.threshold for run in runs]),
         "rule": (Text(), [run.rule for run in runs]),
         "reason": (Text(), [request.reason_for(run) for run in runs]),
     }

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 from sqlalchemy import ColumnElement, Integer, Interval, and_, case, cast, literal, null
 
+from orphan_recovery.database import Span
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
 from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
@@ -28,12 +29,14 @@ def threshold_of(
         request: the sweep, whose threshold a run has that no rule matches.
         otherwise: that of each run by itself, instead.
     """
-    own: ColumnElement[timedelta] = literal(request.threshold) if otherwise is None else otherwise
+    own: ColumnElement[timedelta] = (
+        literal(request.threshold, Span) if otherwise is None else otherwise
+    )
     if request.returned is not None:
         return own
     if request.target.lock is None:
         return _by_rules(runs, own)
-    by_time = literal(timedelta(minutes=request.minutes)) if otherwise is None else otherwise
+    by_time = literal(timedelta(minutes=request.minutes), Span) if otherwise is None else otherwise
     return case(
         (runs.is_held, _by_rules(runs, own, only_never=True)), else_=_by_rules(runs, by_time)
     )
@@ -47,7 +50,7 @@ def _by_rules(
             _matches(runs, number),
             cast(null(), Interval)
             if rule.never
-            else literal(timedelta(minutes=rule.threshold_minutes or 0), Interval),
+            else literal(timedelta(minutes=rule.threshold_minutes or 0), Span),
         )
         for number, rule in enumerate(runs.target.rules, 1)
         if rule.never or not only_never

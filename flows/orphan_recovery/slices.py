@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
-from orphan_recovery.database import Executor
+from orphan_recovery.database import Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, orphans, snapshot
 from orphan_recovery.ledger import verdicts
@@ -154,7 +154,7 @@ def _candidates(
             ).label("reason"),
         )
         .where(created >= table.stored("created_at", literal(_EARLIEST, _AWARE)))
-        .where(created <= table.stored("created_at", _NOW - shortest(request)))
+        .where(created <= table.stored("created_at", _NOW - literal(shortest(request), Span)))
         .order_by(None)
         .order_by(created, *table.key)
     )

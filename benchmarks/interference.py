@@ -1,0 +1,105 @@
+"""Interference: how much longer workers wait for their own writes while a sweep marks many runs.
+
+The hazard is to blame a sweep for what any writer would do, or to hide it behind a mean. So the
+99th percentile is taken before and during, with the bare statement in the sweep's place as well:
+where all share few processors, that one hinders too.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import quantiles
+from typing import Any
+
+from benchmarks.data import Fleet, Server
+from benchmarks.processes import Process, run
+from benchmarks.rates import BARE, SWEEP
+from benchmarks.results import Goal, Measured, Result, Side, Size
+
+WORKERS = 8
+LOOPS_A_SECOND = 25
+"""Of each worker; a loop is four small transactions."""
+
+
+def interference(server: Server, size: Size) -> Measured:
+    """Workers under a sweep, and under a bare statement, against workers alone."""
+    fleet = Fleet(size.rows, size.orphans)
+    p99s: dict[str, list[tuple[float, float]]] = {"sweep": [], "bare": []}
+    errors, deadlocks = list[str](), 0
+    for _ in range(size.rounds):
+        for name, side in (("bare", BARE), ("sweep", SWEEP)):
+            with server.copy(fleet) as url:
+                alone, during, failed = _under_load(url, side, size.load_seconds)
+                p99s[name].append((alone, during))
+                errors += failed
+                with server.connect() as admin:
+                    row = admin.execute(
+                        "SELECT sum(deadlocks) AS deadlocks FROM pg_stat_database"
+                        " WHERE datname = %s",
+                        [url.rpartition("/")[2].partition("?")[0]],
+                    ).fetchone()
+                    deadlocks += int((row or {})["deadlocks"])
+
+    def slower(name: str) -> list[float]:
+        return [during / alone for alone, during in p99s[name]]
+
+    def sides(name: str) -> list[Side]:
+        return [
+            Side(f"p99 under the {name}", [during for _, during in p99s[name]], "ms"),
+            Side("p99 alone", [alone for alone, _ in p99s[name]], "ms"),
+        ]
+
+    against_bare = zip(p99s["sweep"], p99s["bare"], strict=True)
+    return Measured(
+        [
+            Result(
+                "p99 of a worker's loop under a sweep, against none",
+                slower("sweep"),
+                Goal(1.5),
+                sides=sides("sweep"),
+                notes=[f"{WORKERS} workers, {LOOPS_A_SECOND} loops/s each: claim, beat, finish"],
+            ),
+            Result(
+                "p99 of a worker's loop under the bare statement, against none",
+                slower("bare"),
+                sides=sides("bare"),
+            ),
+            Result(
+                "p99 of a worker's loop under a sweep, against under the bare statement",
+                [swept / bare for (_, swept), (_, bare) in against_bare],
+            ),
+            Result(
+                "deadlocks and errors of workers",
+                [float(deadlocks + len(errors))],
+                Goal(0),
+                unit="in all",
+                notes=sorted(set(errors))[:3],
+            ),
+        ]
+    )
+
+
+def _under_load(url: str, side: tuple[str, ...], seconds: float) -> tuple[float, float, list[str]]:
+    """The 99th percentile in milliseconds before ``side`` and during it, and what went wrong."""
+    load = Process(url, "benchmarks.load", WORKERS, LOOPS_A_SECOND)
+    load.go()
+    time.sleep(min(1.0, seconds))  # first statements of a connection are slow
+    alone_since = time.monotonic()
+    time.sleep(seconds)
+    alone_until = time.monotonic()
+    ran = run(url, *side)
+    load.go()  # and it ends
+    told: dict[str, Any] = load.answer()
+    p99 = _p99_of(told["loops"])
+    alone = p99(alone_since, alone_until)
+    during = p99(ran.began, ran.began + max(ran.seconds, 0.5))
+    return alone, during, told["errors"]
+
+
+def _p99_of(loops: list[tuple[float, float]]) -> Callable[[float, float], float]:
+    def p99(since: float, until: float) -> float:
+        """Of the loops that were due or under way then, by the clock that all processes share."""
+        took = [took_s * 1000 for due, took_s in loops if due < until and due + took_s > since]
+        assert len(took) > 1, "no worker did anything"
+        return quantiles(took, n=100, method="inclusive")[98]
+
+    return p99
