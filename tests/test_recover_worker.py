@@ -202,21 +202,20 @@ async def test_with_recovery_switched_off_it_neither_waits_nor_looks(
 # What cannot be used
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 async def test_a_settle_time_that_is_none_is_refused(
-    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Below zero, a twin that beat a moment ago would count as dead."""
     with_beats(tmp_path, monkeypatch)
     db.add_run("run", beat="0 seconds")
-    with pytest.raises(ConfigurationError, match="settle_seconds is"):
-        await recover_worker("worker-1", settle_seconds=seconds)
+    for seconds in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match="settle_seconds is"):
+            await recover_worker("worker-1", settle_seconds=seconds)
     assert db.status("run") == "running"
 
 
 @pytest.mark.parametrize("worker", ["", "  "])
-async def test_a_worker_without_a_name_is_refused(db: Database, worker: str) -> None:
-    db.add_run("run")
+async def test_a_worker_without_a_name_is_refused(worker: str) -> None:
     with pytest.raises(ConfigurationError, match="worker is"):
         await recover_worker(worker, settle_seconds=SETTLE)
 

@@ -21,7 +21,7 @@ EVIDENCE: Final = ("status", "sign_of_life", "evidence", "threshold", "rule")
 _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
 
-def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> Insert:
+def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, Insert]:
     """Mark the rows of ``locked`` as crashed, and record it. Nothing is executed here.
 
     Args:
@@ -32,7 +32,8 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> Insert:
             ``EVIDENCE``, in the row's own words.
 
     Returns:
-        The statement, which has ``locked`` and the update in it, and returns nothing yet.
+        What was marked; and the statement, which has that and ``locked`` in it, and returns
+        nothing yet.
     """
     marked = (
         update(table.table)
@@ -58,7 +59,7 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> Insert:
     }
     # From a select of its own, so that the update is in it once.
     rows = marked.select().with_only_columns(*recorded.values())
-    return insert(verdicts).from_select(list(recorded), rows)
+    return marked, insert(verdicts).from_select(list(recorded), rows)
 
 
 def _unheld(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:

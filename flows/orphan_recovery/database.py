@@ -17,7 +17,9 @@ from sqlalchemy import (
     ColumnElement,
     Interval,
     Select,
+    Text,
     TypeDecorator,
+    bindparam,
     column,
     func,
     make_url,
@@ -166,7 +168,7 @@ def make_engine(url: URL) -> AsyncEngine:
         url,
         pool_size=POOL_SIZE,
         max_overflow=0,
-        pool_pre_ping=True,
+        isolation_level="READ COMMITTED",
         hide_parameters=True,
         use_native_hstore=False,  # no such values here, and one question less to the server
         connect_args={
@@ -184,6 +186,15 @@ def make_engine(url: URL) -> AsyncEngine:
     )
 
 
+_LIMITS: Final = select(
+    func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
+    func.set_config("statement_timeout", bindparam("statement", type_=Text()), True),
+    # The driver reads times and spans in these styles only.
+    func.set_config("datestyle", "ISO", True),
+    func.set_config("intervalstyle", "postgres", True),
+)
+
+
 @asynccontextmanager
 async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """One transaction of our own, with time-outs that end with it.
@@ -191,19 +202,10 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     Commits when the block ends well, rolls back when it raises. It always runs READ COMMITTED,
     which lets the mark see a row as it stands once its lock is held.
     """
-    async with engine.connect() as connection:
-        await connection.execution_options(isolation_level="READ COMMITTED")
-        async with connection.begin():
-            await connection.execute(
-                select(
-                    func.set_config("lock_timeout", str(LOCK_TIMEOUT_MS), True),
-                    func.set_config("statement_timeout", str(STATEMENT_TIMEOUT_MS), True),
-                    # The driver reads times and spans in these styles only.
-                    func.set_config("datestyle", "ISO", True),
-                    func.set_config("intervalstyle", "postgres", True),
-                )
-            )
-            yield connection
+    limits = {"lock": str(LOCK_TIMEOUT_MS), "statement": str(STATEMENT_TIMEOUT_MS)}
+    async with engine.begin() as connection:
+        await connection.execute(_LIMITS, limits)
+        yield connection
 
 
 def shown(url: URL) -> str:

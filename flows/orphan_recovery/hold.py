@@ -63,6 +63,7 @@ async def decide(
     now: Circumstances,
     seen_at: datetime,
     among: Among | None = None,
+    seen: Silence | None = None,
 ) -> Decision:
     """Hold what looks like too much, close what has recovered. Does not commit.
 
@@ -76,6 +77,8 @@ async def decide(
         now: what the sweep saw of the database.
         seen_at: when it last looked at the fleet: what falls silent later it did not doubt.
         among: judge only runs for which this holds; the others are for a later sweep.
+        seen: what that look counted. Where it is not too much and nothing is held, there is no
+            need to count again.
     """
     target, table = request.target, await runs_table(db, request.target)
     only = true() if among is None else among(table)
@@ -85,14 +88,16 @@ async def decide(
         holds.c.target == target.name, holds.c.ended_at.is_(None)
     )
     any_open = (await db.execute(is_open.limit(1))).first() is not None
+    if seen is not None and not any_open and not seen.is_too_much(target):
+        return Decision(None, seen_silent(request, seen_at, among))
     silence = await look_at_silence(db, request, only)
-    seen = seen_silent(request, seen_at, among)
+    eligible = seen_silent(request, seen_at, among)
     if not silence.is_too_much(target):
         if not any_open:
-            return Decision(None, seen)
+            return Decision(None, eligible)
         if request.is_whole and among is None:
             await _close_all(db, request)
-            return Decision(None, seen)
+            return Decision(None, eligible)
     rest = silence
     if any_open:
         rest = await look_at_silence(db, request, and_(only, ~_in_open_hold(table, target)))
@@ -102,7 +107,7 @@ async def decide(
     unreleased = await _standing(db, target)
     blocked = await look_at_silence(db, request, _blocked(table, target))
     if not unreleased or not blocked.orphans:  # released, or none of this sweep's business
-        return Decision(None, lambda runs: and_(~_blocked(runs, target), seen(runs)))
+        return Decision(None, lambda runs: and_(~_blocked(runs, target), eligible(runs)))
     (hold_id, opened_at, evidence), *others = unreleased
     held = Held(
         hold_id,
@@ -112,7 +117,7 @@ async def decide(
         is_new=is_new,
         others=tuple(other for other, _, _ in others),
     )
-    return Decision(held, lambda runs: and_(~_blocked(runs, target), seen(runs)))
+    return Decision(held, lambda runs: and_(~_blocked(runs, target), eligible(runs)))
 
 
 def seen_silent(

@@ -29,6 +29,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, insert
@@ -284,14 +285,30 @@ async def close_sweep(
 
 
 async def record_contest(
-    db: Executor, target: str, run_id: str, *, worker_id: str | None, reported_status: str
+    db: Executor,
+    target: str,
+    run_id: str,
+    *,
+    worker_id: str | None,
+    reported_status: str,
+    any_worker: bool = False,
 ) -> bool:
     """Record that a result was reported for a run that stands marked. Does not commit.
 
+    Args:
+        db: a transaction of the caller's.
+        target: whose run it is, by name.
+        run_id: the run.
+        worker_id: who reported; None if that is not to be checked.
+        reported_status: what the run would have ended as.
+        any_worker: the target keeps no workers, so that whoever reports held the run.
+
     Returns:
         True if a verdict of the ledger is contested by it, now or already; False if the run was
-        not marked by any sweep.
+        not marked by any sweep, or while another held it: that says nothing of whether its holder
+        lived.
     """
+    whose = true() if any_worker or worker_id is None else verdicts.c.worker_id == worker_id
     verdict = (
         select(
             verdicts.c.sweep_id,
@@ -302,15 +319,14 @@ async def record_contest(
             _NOW,
         )
         .where(verdicts.c.target == target, verdicts.c.run_id == run_id)
-        .where(verdicts.c.outcome == Outcome.MARKED.value)
+        .where(verdicts.c.outcome == Outcome.MARKED.value, whose)
         .order_by(verdicts.c.judged_at.desc())
         .limit(1)
     )
     await db.execute(
         insert(contests).from_select([c.name for c in contests.c], verdict).on_conflict_do_nothing()
     )
-    mine = select(func.count()).where(contests.c.target == target, contests.c.run_id == run_id)
-    return bool((await db.execute(mine)).scalar_one())
+    return bool((await db.execute(select(verdict.exists()))).scalar_one())
 
 
 def _closing_the_dead() -> Update:

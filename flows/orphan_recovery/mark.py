@@ -7,21 +7,20 @@ or not at all. Whatever it leaves alone, it names.
 """
 
 from collections.abc import Sequence
-from typing import Any
-from uuid import UUID
+from functools import lru_cache
+from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
     FromClause,
-    Insert,
     RowMapping,
     Select,
     Text,
     and_,
+    bindparam,
     cast,
     column,
     func,
-    literal,
     or_,
     select,
 )
@@ -121,8 +120,9 @@ async def mark(
             and no verdict stands.
     """
     table = await runs_table(db, request.target)
+    values = _as_seen(request, runs)
     if table.elsewhere:
-        locked = await db.execute(_lock(table, request, runs, skip_locked))
+        locked = await db.execute(_lock(table, skip_locked), values)
         levels = {row.isolation for row in locked} - {"read committed"}
         if levels:
             raise ConfigurationError(
@@ -130,7 +130,7 @@ async def mark(
                 f"{request.target.name!r} keeps in another table since it began: mark in one that "
                 "is read committed"
             )
-    statement = _mark(table, request, runs, skip_locked)
+    statement = _mark(table, request, skip_locked)
     seen = {run.id: run for run in runs}
     marked = {
         row["run_id"]: Verdict(
@@ -139,7 +139,7 @@ async def mark(
             judged_at=row["judged_at"],
             silence=row["silence"],
         )
-        for row in (await db.execute(statement)).mappings()
+        for row in (await db.execute(statement, values)).mappings()
     }
     left = [run for run in runs if run.id not in marked]
     named = await _name_misses(db, table, request, left) if left else {}
@@ -181,16 +181,14 @@ async def settle(db: Executor, request: SweepRequest, failed: Sequence[Verdict])
     return settled
 
 
-def _lock(
-    table: RunsTable, request: SweepRequest, runs: Sequence[WorkerRun], skip_locked: bool
-) -> Select[Any]:
+def _lock(table: RunsTable, skip_locked: bool) -> Select[Any]:
     """Lock the rows before they are judged.
 
     A lock that is waited for shows the row as it stands then, but all else as it stood when the
     statement began. A worker may have beaten meanwhile in a row of its own; so where signs of
     life are kept elsewhere, the waiting is done here, and the verdict's statement looks afresh.
     """
-    seen = _as_seen(request, runs)
+    seen = _snapshots()
     return (
         select(*table.key, func.current_setting("transaction_isolation").label("isolation"))
         .select_from(table.table.join(seen, table.is_row(seen.c.run_id)))
@@ -199,11 +197,13 @@ def _lock(
     )
 
 
-def _mark(
-    table: RunsTable, request: SweepRequest, runs: Sequence[WorkerRun], skip_locked: bool
-) -> Insert:
-    """Lock, judge, mark and record: one statement, so that none of it stands without the rest."""
-    seen, sweep_id = _as_seen(request, runs), _sweep_of(runs)
+@lru_cache(maxsize=64)
+def _mark(table: RunsTable, request: SweepRequest, skip_locked: bool) -> Select[Any]:
+    """Lock, judge, mark and record: one statement, so that none of it stands without the rest.
+
+    Built once for each sweep: to build it takes longer than to execute it.
+    """
+    seen = _snapshots()
     locked = (
         select(
             *(column.label(f"key_{n}") for n, column in enumerate(table.key)),
@@ -212,30 +212,29 @@ def _mark(
             *(table.text(role).label(role) for role in WHOSE),
         )
         .select_from(table.reads_from(seen))
-        .where(*guards(table, request, seen, sweep_id).values())
+        .where(*guards(table, request, seen).values())
         .order_by(*table.key)  # two sweeps lock in the same order: no deadlock
         .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
         .cte("orphan_recovery_locked")
     )
-    return condemn(table, request, locked).returning(
-        verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence
-    )
+    _, recording = condemn(table, request, locked)
+    told = (verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence)
+    return select(recording.returning(*told).cte("orphan_recovery_recorded"))
 
 
 def guards(
-    table: RunsTable, request: SweepRequest, seen: FromClause, sweep_id: UUID
+    table: RunsTable, request: SweepRequest, seen: FromClause
 ) -> dict[str, ColumnElement[bool]]:
     """The whole predicate, against the row as it stands under its lock. Each by its own name.
 
     Args:
         table: the runs.
         request: the sweep.
-        seen: the snapshots.
-        sweep_id: the sweep that took them.
+        seen: the snapshots, which this sweep took.
     """
     has_verdict = (
         select(verdicts.c.run_id)
-        .where(verdicts.c.sweep_id == sweep_id, verdicts.c.run_id == seen.c.run_id)
+        .where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == seen.c.run_id)
         .exists()
     )
     own_threshold = threshold_of(table, request, seen.c.threshold)
@@ -259,66 +258,40 @@ def guards(
     }
 
 
-def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> TableValuedAlias:
+_SNAPSHOT: Final[dict[str, Any]] = {
+    **dict.fromkeys(("run_id", "status", "worker_id", "evidence", "rule", "reason"), Text()),
+    **dict.fromkeys(("sign_of_life", "seen_at"), _AWARE),
+    "threshold": Span(),
+}
+
+
+def _snapshots() -> TableValuedAlias:
     """The snapshots as a table, one array a column: one plan for one run or a thousand."""
-    columns: dict[str, tuple[Any, list[Any]]] = {
-        "run_id": (Text(), [run.id for run in runs]),
-        "status": (Text(), [run.status for run in runs]),
-        "worker_id": (Text(), [run.worker_id for run in runs]),
-        "sign_of_life": (_AWARE, [run.sign_of_life for run in runs]),
-        "seen_at": (_AWARE, [run.seen_at for run in runs]),
-        "evidence": (Text(), [run.evidence.value for run in runs]),
-        "threshold": (Span(), [run.threshold for run in runs]),
-        "rule": (Text(), [run.rule for run in runs]),
-        "reason": (Text(), [request.reason_for(run) for run in runs]),
-    }
-    arrays = [literal(values, ARRAY(kind)) for kind, values in columns.values()]
-    names = [column(name, kind) for name, (kind, _) in columns.items()]
+    arrays = [bindparam(f"seen_{name}", type_=ARRAY(kind)) for name, kind in _SNAPSHOT.items()]
+    names = [column(name, kind) for name, kind in _SNAPSHOT.items()]
     return func.unnest(*arrays).table_valued(*names, name="orphan_recovery_seen").render_derived()
+
+
+def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> dict[str, list[Any]]:
+    """The values that :func:`_snapshots` takes."""
+    assert {run.sweep_id for run in runs} == {request.sweep_id}  # noqa: S101 - its own, only
+    columns: dict[str, list[Any]] = {
+        name: [getattr(run, name) for run in runs]
+        for name in ("status", "worker_id", "sign_of_life", "seen_at", "threshold", "rule")
+    }
+    columns["run_id"] = [run.id for run in runs]
+    columns["evidence"] = [run.evidence.value for run in runs]
+    columns["reason"] = [request.reason_for(run) for run in runs]
+    return {f"seen_{name}": values for name, values in columns.items()}
 
 
 async def _name_misses(
     db: Executor, table: RunsTable, request: SweepRequest, runs: Sequence[WorkerRun]
 ) -> dict[str, Verdict | None]:
     """Say why each of ``runs`` was left alone, from the row and the ledger as they stand now."""
-    seen, sweep_id = _as_seen(request, runs), _sweep_of(runs)
-    own, other = (verdicts.alias(f"orphan_recovery_{name}") for name in ("own", "other"))
-    marked_by_another = (
-        select(other.c.run_id)
-        .where(
-            other.c.target == request.target.name,
-            other.c.run_id == seen.c.run_id,
-            other.c.outcome == Outcome.MARKED.value,
-            other.c.sweep_id != sweep_id,
-        )
-        .exists()
-    )
-    silent = and_(
-        table.sign_of_life <= _NOW - seen.c.threshold,
-        table.sign_of_life <= _NOW - threshold_of(table, request, seen.c.threshold),
-        ~table.is_locked,
-    )
-    statement = select(
-        seen.c.run_id,
-        table.key[0].is_(None).label("vanished"),
-        table.text("status").label("status"),
-        table.text("worker_id").label("worker_id"),
-        cast(table.sign_of_life, Text).label("sign_of_life"),  # text: it may be infinity
-        table.text("completed_at").label("completed_at"),
-        table.text("worker_id").is_not_distinct_from(seen.c.worker_id).label("same_worker"),
-        (table.text("status") == seen.c.status).label("same_status"),
-        table.sign_of_life.is_not_distinct_from(seen.c.sign_of_life).label("same_sign"),
-        silent.label("silent"),
-        own.c.outcome.label("own_outcome"),
-        func.coalesce(own.c.judged_at, _NOW).label("judged_at"),
-        own.c.silence.label("own_silence"),
-        marked_by_another.label("marked_by_another"),
-    ).select_from(
-        table.reads_from(seen, outer=True).join(
-            own, and_(own.c.sweep_id == sweep_id, own.c.run_id == seen.c.run_id), isouter=True
-        )
-    )
-    rows = {r["run_id"]: r for r in (await db.execute(statement)).mappings()}
+    statement = _look_anew(table, request)
+    found_now = (await db.execute(statement, _as_seen(request, runs))).mappings()
+    rows = {row["run_id"]: row for row in found_now}
     named: dict[str, Verdict | None] = {}
     for run in runs:
         now = rows[run.id]
@@ -338,6 +311,48 @@ async def _name_misses(
     return named
 
 
+@lru_cache(maxsize=64)
+def _look_anew(table: RunsTable, request: SweepRequest) -> Select[Any]:
+    """The rows of the snapshots as they stand now, compared with them, and what the ledger has."""
+    seen, sweep_id = _snapshots(), request.sweep_id
+    own, other = (verdicts.alias(f"orphan_recovery_{name}") for name in ("own", "other"))
+    marked_by_another = (
+        select(other.c.run_id)
+        .where(
+            other.c.target == request.target.name,
+            other.c.run_id == seen.c.run_id,
+            other.c.outcome == Outcome.MARKED.value,
+            other.c.sweep_id != sweep_id,
+        )
+        .exists()
+    )
+    silent = and_(
+        table.sign_of_life <= _NOW - seen.c.threshold,
+        table.sign_of_life <= _NOW - threshold_of(table, request, seen.c.threshold),
+        ~table.is_locked,
+    )
+    return select(
+        seen.c.run_id,
+        table.key[0].is_(None).label("vanished"),
+        table.text("status").label("status"),
+        table.text("worker_id").label("worker_id"),
+        cast(table.sign_of_life, Text).label("sign_of_life"),  # text: it may be infinity
+        table.text("completed_at").label("completed_at"),
+        table.text("worker_id").is_not_distinct_from(seen.c.worker_id).label("same_worker"),
+        (table.text("status") == seen.c.status).label("same_status"),
+        table.sign_of_life.is_not_distinct_from(seen.c.sign_of_life).label("same_sign"),
+        silent.label("silent"),
+        own.c.outcome.label("own_outcome"),
+        func.coalesce(own.c.judged_at, _NOW).label("judged_at"),
+        own.c.silence.label("own_silence"),
+        marked_by_another.label("marked_by_another"),
+    ).select_from(
+        table.reads_from(seen, outer=True).join(
+            own, and_(own.c.sweep_id == sweep_id, own.c.run_id == seen.c.run_id), isouter=True
+        )
+    )
+
+
 def _outcome_of_miss(target: Target, now: RowMapping) -> Outcome | None:
     if now["own_outcome"] is not None:
         return Outcome(now["own_outcome"])  # this sweep's earlier try, unacknowledged
@@ -351,11 +366,6 @@ def _outcome_of_miss(target: Target, now: RowMapping) -> Outcome | None:
     if not (now["same_status"] and now["same_sign"] and now["silent"]):
         return Outcome.SIGN_OF_LIFE
     return None  # as it was seen: another transaction holds the row
-
-
-def _sweep_of(runs: Sequence[WorkerRun]) -> UUID:
-    [sweep_id] = {run.sweep_id for run in runs}
-    return sweep_id
 
 
 def log_verdict(verdict: Verdict, request: SweepRequest) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+import psycopg
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
@@ -90,6 +91,9 @@ _TRANSIENT_CODES: Final = frozenset(
     }
 )
 _CONNECTION_EXCEPTIONS: Final = "08"  # the class of that name
+_UNIQUE_VIOLATION: Final = "23505"
+_ONE_VERDICT: Final = ("orphan_recovery", "verdicts")
+"""Schema and table of which a unique violation is transient: see :func:`is_transient`."""
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -107,8 +111,9 @@ def is_transient(error: BaseException) -> bool:
 
     Returns:
         True for a lost or refused connection, a deadlock, a serialization failure, a lock or
-        statement time-out, too many connections, a server that starts or stops. False for
-        everything else, and so for every error that is not known.
+        statement time-out, too many connections, a server that starts or stops, and a verdict
+        that an earlier try of the same sweep committed meanwhile: the next try finds it. False
+        for everything else, and so for every error that is not known.
     """
     if isinstance(error, DBAPIError):
         code = sqlstate(error)
@@ -117,6 +122,8 @@ def is_transient(error: BaseException) -> bool:
             return error.connection_invalidated or isinstance(
                 error, (OperationalError, InterfaceError)
             )
+        if code == _UNIQUE_VIOLATION and isinstance(error.orig, psycopg.Error):
+            return (error.orig.diag.schema_name, error.orig.diag.table_name) == _ONE_VERDICT
         return code in _TRANSIENT_CODES or code.startswith(_CONNECTION_EXCEPTIONS)
     return isinstance(error, (PoolTimeoutError, OSError))
 

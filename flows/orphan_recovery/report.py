@@ -81,10 +81,10 @@ class SweepReport:
                 self._verdicts.append(verdict)
 
     def heard_of(self, marked: int) -> None:
-        """Take the ledger's count of marks, where acknowledgements of whole slices were lost."""
-        unheard = max(0, marked - self.recovered)
-        self.counts[Outcome.MARKED] += unheard
-        self.detected += unheard
+        """Take the ledger's count of marks: acknowledgements of whole slices may have been lost,
+        or slices themselves, with a server that crashed before the sweep was closed."""
+        self.detected += max(0, marked - self.recovered)
+        self.counts[Outcome.MARKED] = marked
 
     def looked(self, fleet: Fleet, *, marked: int, contested: int) -> None:
         """Keep what the sweep saw before it judged; verdicts of the last 30 days."""

@@ -8,13 +8,17 @@ Only counts travel, but for the first runs of a sweep, which its report shows on
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
+    Insert,
     Integer,
     Select,
     Text,
+    bindparam,
     case,
     func,
     literal,
@@ -89,8 +93,9 @@ async def take_slice(
     """Mark the next orphans, in the order in which they were created. Does not commit.
 
     Args:
-        db: a transaction of the caller's, READ COMMITTED; its planner is told for its rest to
-            take rows one by one, since a slice is a small part of any table that needs slices.
+        db: a transaction of the caller's, READ COMMITTED. For its rest, its planner is told to
+            take rows one by one, since a slice is a small part of any table that needs slices;
+            and its commit does not wait for the disk, since the one that closes the sweep does.
         request: the sweep; it must be in the ledger.
         size: at most so many.
         after: go on behind this one.
@@ -101,13 +106,9 @@ async def take_slice(
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.
     """
     table = await runs_table(db, request.target)
-    await db.execute(
-        select(*(func.set_config(f"enable_{how}", "off", True) for how in _NOT_FOR_SLICES))
-    )
-    locked = _candidates(table, request, after, among, shown).limit(size)
-    locked = locked.with_for_update(of=table.table, key_share=True, skip_locked=True)
-    statement = (_each if shown else _counted)(locked, table, request)
-    rows = list((await db.execute(statement)).mappings())
+    await db.execute(_SETTINGS)
+    statement = _slice(table, request, among, shown=shown, further=after is not None)
+    rows = list((await db.execute(statement, _place(size, after))).mappings())
     if shown:
         return _shown(request, [dict(row) for row in rows])
     [row] = rows
@@ -120,21 +121,41 @@ async def look_at_slice(
 ) -> list[WorkerRun]:
     """The orphans that the next slice would take, as detection sees them. Reads only."""
     table = await runs_table(db, request.target)
-    statement = _candidates(table, request, after, among, shown=True).limit(size)
-    rows = (await db.execute(statement)).mappings()
+    statement = _candidates(table, request, among, shown=True, further=after is not None)
+    rows = (await db.execute(statement, _place(size, after))).mappings()
     names = orphans(table, request).selected_columns.keys()
     return [snapshot(request, {name: row[name] for name in names}) for row in rows]
 
 
-_NOT_FOR_SLICES: Final = ("hashjoin", "mergejoin", "seqscan", "bitmapscan", "sort")
+_SETTINGS: Final = select(
+    *(
+        func.set_config(f"enable_{how}", "off", True)
+        for how in ("hashjoin", "mergejoin", "seqscan", "bitmapscan", "sort")
+    ),
+    # The log is flushed once, by the commit that closes the sweep. A server that crashes before
+    # forgets marks and verdicts alike, and what it forgot is detected again.
+    func.set_config("synchronous_commit", "off", True),
+)
+
+
+def _place(size: int, after: Position | None) -> dict[str, Any]:
+    """The values that a slice's statement takes."""
+    further = {} if after is None else {"after": after.created_at, "after_run": after.run_id}
+    return {"size": size, **further}
+
+
+@lru_cache(maxsize=64)
+def _slice(
+    table: RunsTable, request: SweepRequest, among: Among | None, *, shown: bool, further: bool
+) -> Select[Any]:
+    """Built once for each sweep, for a sweep may take thousands of them."""
+    locked = _candidates(table, request, among, shown=shown, further=further)
+    locked = locked.with_for_update(of=table.table, key_share=True, skip_locked=True)
+    return (_each if shown else _counted)(locked, table, request)
 
 
 def _candidates(
-    table: RunsTable,
-    request: SweepRequest,
-    after: Position | None,
-    among: Among | None,
-    shown: bool,
+    table: RunsTable, request: SweepRequest, among: Among | None, *, shown: bool, further: bool
 ) -> Select[Any]:
     """Detection's statement in the order of the index, with what the mark needs besides."""
     created = table.columns.created_at
@@ -154,15 +175,18 @@ def _candidates(
             ).label("reason"),
         )
         .where(created >= table.stored("created_at", literal(_EARLIEST, _AWARE)))
-        .where(created <= table.stored("created_at", _NOW - literal(shortest(request), Span)))
         .order_by(None)
         .order_by(created, *table.key)
+        .limit(bindparam("size", type_=Integer()))
     )
+    if table.facts["created_at"].is_nullable:  # else detection's own predicate has it
+        latest = table.stored("created_at", _NOW - literal(shortest(request), Span))
+        found = found.where(created <= latest)
     if among is not None:
         found = found.where(among(table))
-    if after is not None:
-        where = table.stored("created_at", literal(after.created_at, _AWARE))
-        last = (where, *table.key_of(literal(after.run_id, Text)))
+    if further:
+        where = table.stored("created_at", bindparam("after", type_=_AWARE))
+        last = (where, *table.key_of(bindparam("after_run", type_=Text())))
         found = found.where(tuple_(created, *table.key) > tuple_(*last))
     return found
 
@@ -189,10 +213,9 @@ def _by_number(number: ColumnElement[int], told: dict[int, str]) -> ColumnElemen
 def _each(candidates: Select[Any], table: RunsTable, request: SweepRequest) -> Select[Any]:
     """One row for each orphan that was taken, with whether it was marked."""
     locked = candidates.cte("orphan_recovery_taken")
-    recorded = _recorded(locked, table, request).returning(
-        verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence
-    )
-    done = recorded.cte("orphan_recovery_recorded")
+    _, recording = _condemn(locked, table, request)
+    recording = recording.returning(verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence)
+    done = recording.cte("orphan_recovery_recorded")
     names = [column for column in locked.c if column.key[:4] != "key_"]
     return (
         select(*names, done.c.judged_at.label("judged_at"), done.c.silence.label("judged_silence"))
@@ -204,8 +227,7 @@ def _each(candidates: Select[Any], table: RunsTable, request: SweepRequest) -> S
 def _counted(candidates: Select[Any], table: RunsTable, request: SweepRequest) -> Select[Any]:
     """One row in all: how many, how many of them were marked, and where it ended."""
     locked = candidates.cte("orphan_recovery_taken")
-    done = _recorded(locked, table, request).returning(verdicts.c.run_id)
-    recorded = done.cte("orphan_recovery_recorded")
+    marked, recording = _condemn(locked, table, request)
     keys = [locked.c[f"key_{n}"] for n, _ in enumerate(table.key)]
     last = (
         select(locked.c.created_at, locked.c.id)
@@ -215,14 +237,17 @@ def _counted(candidates: Select[Any], table: RunsTable, request: SweepRequest) -
     )
     counts = select(
         select(func.count()).select_from(locked).scalar_subquery().label("taken"),
-        select(func.count()).select_from(recorded).scalar_subquery().label("marked"),
+        select(func.count()).select_from(marked).scalar_subquery().label("marked"),
     ).subquery()
-    return select(
-        counts.c.taken, counts.c.marked, last.c.created_at, last.c.id.label("run_id")
-    ).select_from(counts.join(last, true(), isouter=True))
+    # The insert is executed to its end although nothing of it is asked for.
+    return (
+        select(counts.c.taken, counts.c.marked, last.c.created_at, last.c.id.label("run_id"))
+        .select_from(counts.join(last, true(), isouter=True))
+        .add_cte(recording.cte("orphan_recovery_recorded"))
+    )
 
 
-def _recorded(locked: Any, table: RunsTable, request: SweepRequest) -> Any:
+def _condemn(locked: CTE, table: RunsTable, request: SweepRequest) -> tuple[CTE, Insert]:
     """The mark, on what it reads by the names that it knows."""
     judged = select(
         *(locked.c[f"key_{n}"] for n, _ in enumerate(table.key)),

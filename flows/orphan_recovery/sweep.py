@@ -148,7 +148,7 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
     elif report.postponed:
         decision = await decide(db, request, look.now, look.fleet.seen_at, among=_shows_only_age)
     else:
-        decision = await decide(db, request, look.now, look.fleet.seen_at)
+        decision = await decide(db, request, look.now, look.fleet.seen_at, seen=look.silence)
     if request.target.lock is not None:
         decision = replace(decision, among=_seen_unlocked(look.unlocked, decision.among))
     return _logged(request, decision)

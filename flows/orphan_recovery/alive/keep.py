@@ -31,7 +31,8 @@ class keep_alive:  # noqa: N801 - used as a function
         run_id: the run's key, as text; of a key of several columns, a JSON array of texts.
         worker_id: who holds it: a run that is another's is lost. None not to check.
         target: its target; None for the one that is meant by default.
-        interval: seconds between beats; None for the target's ``heartbeat_seconds``, else 10.
+        interval: seconds between beats; None for the target's ``heartbeat_seconds``, else 10. A
+            target with ``lock`` takes no other.
         cancel: whether to stop the block when the run is lost: an ``async with`` block is
             cancelled, a ``with`` block gets the exception between two bytecodes (a call that
             blocks in C is not interrupted). Without it, check :attr:`Alive.lost`.

@@ -19,7 +19,7 @@ from orphan_recovery.database import address, describe, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.ledger import record_contest
 from orphan_recovery.log import logger
-from orphan_recovery.policy import retrying
+from orphan_recovery.policy import is_outage, retrying
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import Target, find_target, where
@@ -116,9 +116,15 @@ def _submit(target: Target, work: Any) -> Any:
     """Do ``work`` in the beater's thread, all of it again while the error is transient."""
 
     async def retried(engine: AsyncEngine) -> Any:
+        first = True
         async for attempt in retrying():
             with attempt:
-                result = await work(engine, attempt.retry_state.attempt_number == 1)
+                try:
+                    result = await work(engine, first)
+                except Exception as error:
+                    # What the server refused was not heard. Only a try without its answer may be.
+                    first = first and not is_outage(error)
+                    raise
         return result
 
     return beater_of(target, address(target), None).submit(retried)
@@ -198,7 +204,7 @@ def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result)
                 return  # an earlier try was heard after all
         by = lost_by(target, row) or LostBy.CHANGED_HANDS
         contested = by is LostBy.MARKED and await _contest(
-            engine, target, row["key"], worker_id, result
+            engine, table, row["key"], worker_id, result
         )
         raise RunLost(run_id, by, found(row), contested=contested)
 
@@ -226,13 +232,19 @@ def _finishing(table: RunsTable, run_id: str, worker_id: str | None, result: _Re
 
 
 async def _contest(
-    engine: AsyncEngine, target: Target, run_id: str, worker_id: str | None, result: _Result
+    engine: AsyncEngine, table: RunsTable, run_id: str, worker_id: str | None, result: _Result
 ) -> bool:
     """Record that a result came for a run that a verdict had marked. Never raises."""
+    target = table.target
     try:
         async with transaction(engine) as db:
             contested = await record_contest(
-                db, target.name, run_id, worker_id=worker_id, reported_status=result.status
+                db,
+                target.name,
+                run_id,
+                worker_id=worker_id,
+                reported_status=result.status,
+                any_worker=not table.has("worker_id"),
             )
     except DBAPIError as error:  # no ledger there, or no right to write to it
         fields = {"run_id": run_id, "target": target.name, "error": describe(error)}
