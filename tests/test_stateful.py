@@ -29,13 +29,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from conftest import _database
 from orphan_recovery import (
     database,
+    describe,
     detect_orphaned_runs,
     mark,
     mark_run_as_crashed,
     policy,
     recover,
     recover_orphaned_runs,
-    runs,
     targets,
 )
 from orphan_recovery.alive import LostBy, RunLost, beat, finish_run
@@ -89,7 +89,7 @@ def _world(place: Place, folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Wo
     target = configure(folder, patch, TOML, "default")
     patch.setattr(targets, "load_targets", cache(targets.load_targets))
     patch.setattr("orphan_recovery.ledger.version", cache(version))  # else from disk each time
-    patch.setattr(runs, "_known", WeakKeyDictionary())
+    patch.setattr(describe, "_known", WeakKeyDictionary())
     patch.setattr(policy, "retry_plan", lambda: policy.RetryPlan(0, 0, 0))
     patch.setattr(database, "LOCK_TIMEOUT_MS", SHORT)
     patch.setattr(logger, "disabled", True)

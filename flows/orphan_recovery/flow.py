@@ -7,7 +7,6 @@ one orphan could not be marked.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -41,7 +40,7 @@ from orphan_recovery.flow_hold import (
     who_asks,
 )
 from orphan_recovery.hold import Decision, approve, is_open
-from orphan_recovery.judge import Progress, judge_pages, judge_slice
+from orphan_recovery.judge import Progress, judge_pages, judge_slices
 from orphan_recovery.mark import log_verdict, mark_one
 from orphan_recovery.policy import is_outage, is_transient, retry_plan
 from orphan_recovery.report import SweepReport, as_markdown, as_table
@@ -163,10 +162,8 @@ async def mark_slices(
     engine: AsyncEngine, request: SweepRequest, decision: Decision, progress: Progress
 ) -> Progress:
     """Mark so many orphans as a few seconds allow, slice by slice, each in its own transaction."""
-    give_up_at = time.monotonic() + STRETCH_SECONDS
     try:
-        while not progress.is_through and time.monotonic() < give_up_at:
-            await judge_slice(engine, request, progress, decision.among)
+        await judge_slices(engine, request, progress, decision.among, seconds=STRETCH_SECONDS)
     except DBAPIError as error:
         raise DatabaseError(describe(error)) from error
     get_run_logger().info("%d orphans judged", progress.detected)

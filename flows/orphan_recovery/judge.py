@@ -7,6 +7,7 @@ of the database itself ends it, loudly. What is left is found again by the next 
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -33,27 +34,50 @@ PAGE: Final = 500
 """Runs detected, and marked, in one transaction of the page by page way."""
 LARGEST_SLICE: Final = 5_000
 """Larger ones are no quicker, and keep rows locked for longer."""
+LANES: Final = 2
+"""Slices at once: while one waits, for the disk or for this process, the other gets on. They pass
+over each other's rows."""
 LONG, SHORT = 0.5, 0.2
 """In seconds: a slice that takes longer makes the next one half as large, a quicker one larger;
 so no row is locked for a second, however slow the disk."""
-PATIENCE: Final = 10
+PATIENCE: Final = 8
 """Rounds in which rows that others hold, such as another sweep's slice, are looked at anew before
-each of them is waited for by itself."""
+each of them is waited for by itself; each after twice as long, two and a half seconds in all."""
+
+
+@dataclass(slots=True)
+class Lane:
+    """Where one row of slices, each behind the one before, has come to."""
+
+    size: int
+    after: Position | None = None
+    is_through: bool = False
 
 
 @dataclass(slots=True)
 class Progress:
     """How far slices have come, and what they did since it was asked last."""
 
-    after: Position | None = None
     size: int = SHOWN
+    """Of the first slice."""
     show: int = SHOWN
     """Runs that are still to be shown one by one."""
-    is_through: bool = False
+    lanes: list[Lane] = field(default_factory=list)
     detected: int = 0
     marked: int = 0
     """Of those that are not among the verdicts."""
     verdicts: list[Verdict] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+    """Runs that could not be marked, by either lane."""
+    careful: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One lane at a time goes row by row, so that both do not fail at the same one."""
+
+    def __post_init__(self) -> None:
+        self.lanes = self.lanes or [Lane(self.size)]
+
+    @property
+    def is_through(self) -> bool:
+        return all(lane.is_through for lane in self.lanes)
 
     def hand_over_to(self, report: SweepReport) -> None:
         """Tell the report, and begin to count anew."""
@@ -77,18 +101,60 @@ async def judge_all(engine: AsyncEngine, report: SweepReport, among: Among | Non
     request, failed = report.request, list[Verdict]()
     if await in_transaction(engine, partial(is_sliceable, request=request)):
         progress = Progress()
-        while not progress.is_through:
-            await judge_slice(engine, request, progress, among)
+        try:
+            await judge_slices(engine, request, progress, among)
+        finally:
             failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
             progress.hand_over_to(report)
+        if report.fleet and report.detected >= report.fleet.orphans:
+            return failed  # all that was seen, and none was passed over
     return failed + await judge_pages(engine, report, among, {v.run.id for v in failed})
 
 
-async def judge_slice(
-    engine: AsyncEngine, request: SweepRequest, progress: Progress, among: Among | None
+async def judge_slices(
+    engine: AsyncEngine,
+    request: SweepRequest,
+    progress: Progress,
+    among: Among | None,
+    *,
+    seconds: float = math.inf,
+) -> None:
+    """Mark slice by slice, in two lanes once there is nothing more to be shown.
+
+    Args:
+        engine: where the runs are.
+        request: the sweep.
+        progress: where to go on; it is told what was done, also where an error ends it.
+        among: only runs for which this holds.
+        seconds: begin no slice after so long.
+    """
+    give_up_at = time.monotonic() + seconds
+
+    async def along(lane: Lane, *, only_shown: bool = False) -> None:
+        while not lane.is_through and time.monotonic() < give_up_at:
+            if only_shown and progress.show <= 0:
+                break
+            await _judge_slice(engine, request, progress, lane, among)
+
+    [first, *others] = progress.lanes
+    await along(first, only_shown=True)
+    if not others and not first.is_through and progress.show <= 0:
+        progress.lanes += [Lane(first.size, first.after) for _ in range(LANES - 1)]
+    ends = await asyncio.gather(*map(along, progress.lanes), return_exceptions=True)
+    for end in ends:
+        if end is not None:
+            raise end
+
+
+async def _judge_slice(
+    engine: AsyncEngine,
+    request: SweepRequest,
+    progress: Progress,
+    lane: Lane,
+    among: Among | None,
 ) -> None:
     """Mark the next slice, or, if it cannot be marked as one, its first page row by row."""
-    size, after, shown = progress.size, progress.after, progress.show > 0
+    size, after, shown = lane.size, lane.after, progress.show > 0
     if request.target.lock is not None:  # each takes a place among the server's locks
         size = min(size, PAGE)
     size = min(size, progress.show) if shown else size
@@ -101,19 +167,20 @@ async def judge_slice(
     except Exception as error:
         if is_outage(error):
             raise
-        await _judge_page_of(engine, request, progress, among, error)
+        async with progress.careful:
+            await _judge_page_of(engine, request, progress, lane, among, error)
         return
     took = time.monotonic() - began
-    progress.is_through = part.taken < size
-    progress.after = part.last or after
-    progress.detected += part.taken
+    lane.is_through = part.taken < size
+    lane.after = part.last or after
+    progress.detected += part.marked  # what was not marked comes up again
     progress.marked += part.marked - len(part.verdicts)
     progress.verdicts += part.verdicts
     progress.show -= len(part.runs)
     if took > LONG:
-        progress.size = max(PAGE, progress.size // 2)
+        lane.size = max(PAGE, lane.size // 2)
     elif took < SHORT:
-        progress.size = min(LARGEST_SLICE, progress.size * 2)
+        lane.size = min(LARGEST_SLICE, lane.size * 2)
     if part.runs:
         log_detected(part.runs)
     for verdict in part.verdicts:
@@ -127,17 +194,22 @@ async def _judge_page_of(
     engine: AsyncEngine,
     request: SweepRequest,
     progress: Progress,
+    lane: Lane,
     among: Among | None,
     error: Exception,
 ) -> None:
-    look = partial(look_at_slice, request=request, size=PAGE, after=progress.after, among=among)
+    look = partial(look_at_slice, request=request, size=PAGE, after=lane.after, among=among)
     page = await in_transaction(engine, look)
     if not page:  # then it was none of the rows
         raise error
+    lane.is_through = len(page) < PAGE
+    lane.after = position_of(page[-1])
+    page = [run for run in page if run.id not in progress.failed]
+    if not page:
+        return
     log_detected(page)
     given = [v for v in await _mark_page(engine, request, page) if v is not None]
-    progress.is_through = len(page) < PAGE
-    progress.after = position_of(page[-1])
+    progress.failed |= {v.run.id for v in given if v.outcome is Outcome.FAILED}
     progress.detected += len(given)  # a row that somebody holds comes up again
     progress.verdicts += given
     progress.show -= len(given)
@@ -162,7 +234,7 @@ async def judge_pages(
         held = await _judge_each_page(engine, report, among, tried, failed)
         if len(held) <= POOL_SIZE or not patience:
             break
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.01 * 2 ** (PATIENCE - patience))
     report.saw(held)
     # Last, so that a row which somebody holds for long delays no other.
     at_once = asyncio.Semaphore(POOL_SIZE)
