@@ -17,7 +17,7 @@ from psycopg import sql
 from sqlalchemy import Select, Table, Update, cast, false, literal, select, true
 from sqlalchemy.dialects.postgresql import TIMESTAMP, Insert, insert
 
-from orphan_recovery import describe, detect, hold, ledger, mark, sweep
+from orphan_recovery import condemn, detect, hold, ledger, mark, runs, sweep
 from orphan_recovery.alive import beat, write
 from orphan_recovery.detect import Silence
 from stateful_world import LEDGER, LONG_BEFORE
@@ -183,14 +183,14 @@ MARK: dict[str, Mutation] = {
 } | {
     # The update names the status once more, for partitioned tables: each covers the other.
     "a mark without: same status": _all(
-        _without(mark, "same status"), _to(mark, "update", _FirstClause)
+        _without(mark, "same status"), _to(condemn, "update", _FirstClause)
     ),
     "a mark without a lock": _to(mark, "select", _Unlocked),
     "a mark that forgets its own verdict": _instead(
         mark, "_outcome_of_miss", lambda whole, of, row: whole(of, {**row, "own_outcome": None})
     ),
     "a mark by a client's clock": _to(mark, "_NOW", literal(datetime.now(UTC))),
-    "a naive time that is not read as UTC": _instead(describe, "as_utc", _naive),
+    "a naive time that is not read as UTC": _instead(runs, "as_utc", _naive),
 }
 
 WORKER: dict[str, Mutation] = {
@@ -211,8 +211,6 @@ SWEEP: dict[str, Mutation] = {
     "detection without: in flight": _seeing(in_flight=true()),
     "detection without: silence": _seeing(silent_since=lambda *_: true()),
     "a failure that nobody hears of": _to(sweep, "settle", _unsettled),
-    # The trigger "one_close" stands behind it. What is left is a second try that fails.
-    "a sweep that closes itself twice": _to(ledger, "update", _FirstClause),
     "no doubt after a restart": _doubting(
         lambda now: dataclasses.replace(now, server_started_at=LONG_BEFORE)
     ),
@@ -240,7 +238,7 @@ IN_CODE: Final = {**MARK, **WORKER, **SWEEP, **RECORD}
 IN_DATABASE: Final[dict[str, Mutation]] = {
     "terminal rows are marked": _all(
         _without(mark, "in flight", "same status"),
-        _to(mark, "update", _FirstClause),
+        _to(condemn, "update", _FirstClause),
         _dropping(TRUTH, "worker_runs", "UPDATE"),
     ),
     **{

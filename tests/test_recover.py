@@ -11,6 +11,8 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery import ConfigurationError, judge, recover, recover_orphaned_runs
+from orphan_recovery.database import transaction
+from orphan_recovery.ledger import close_sweep
 from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan, retrying
 from orphan_recovery.request import SweepRequest
 from support import Database, free_port
@@ -309,6 +311,19 @@ async def test_a_sweep_that_was_killed_is_closed_by_a_later_one(db: Database) ->
     )
     await recover_orphaned_runs()
     assert [sweep["ended_as"] for sweep in db.sweeps()] == ["died", None, None, "completed"]
+
+
+async def test_a_sweep_that_is_closed_again_stays_as_it_was(
+    db: Database, engine: AsyncEngine
+) -> None:
+    """The acknowledgement of its end was lost, and the end is tried again."""
+    db.add_orphans(2)
+    request = SweepRequest(asked_by="test")
+    await recover.run_sweep(request)
+    [before] = db.sweeps()
+    async with transaction(engine) as connection:
+        assert await close_sweep(connection, request, detected=9, error="too late") == 2
+    assert db.sweeps() == [before]
 
 
 async def test_the_events_of_a_recovery_carry_their_fields(

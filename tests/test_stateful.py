@@ -51,7 +51,7 @@ from support import Database, until
 from tables_support import configure, set_for_all
 
 EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "0"))
-AT_MOST = 60
+AT_MOST = 100
 """Examples until a missing guard has to show."""
 STEPS = 15
 
