@@ -20,6 +20,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
+from prefect.utilities.annotations import quote
 from pydantic import Field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -405,6 +406,8 @@ async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decisio
     if request.dry_run:
         return []
     at_once = asyncio.Semaphore(POOL_SIZE)
+    # Of each task run alike: Prefect need not look through them for what the task depends on.
+    alike: tuple[Any, Any] = (quote(engine), quote(request))
     outage: str | None = None
 
     async def judged(run: WorkerRun) -> Verdict:
@@ -413,7 +416,7 @@ async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decisio
             if outage:  # thousands of retries against a lost database help nobody
                 return Verdict(run=run, outcome=Outcome.FAILED, error=f"not tried after {outage}")
             # Prefect's overloads take the task for a sync one here.
-            state = await mark(engine, request, run, return_state=True)  # type: ignore[misc]
+            state = await mark(*alike, run, return_state=True)  # type: ignore[misc]
             result = await state.aresult(raise_on_failure=False)
         if isinstance(result, Verdict):
             return result
