@@ -266,3 +266,24 @@ def sizes(db: Database) -> list[dict[str, Any]]:
     return db.do(
         "SELECT count(*) AS n FROM orphan_recovery.verdicts GROUP BY sweep_id, judged_at ORDER BY n"
     )
+
+
+async def test_all_sweeps_of_a_table_share_its_lanes(
+    db: Database, slices: Callable[..., None]
+) -> None:
+    """Fifty workers that start at once are no heavier for the server than one."""
+    slices(10, lanes=1)
+    orphans = db.add_orphans(30)
+    with db.connect() as other:
+        other.execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended("
+            "'orphan_recovery lane 0 of public.worker_runs', 0))"
+        )
+        sweeping = [asyncio.ensure_future(sweep()) for _ in range(3)]
+        await asyncio.to_thread(db.await_lock_wait, 3)
+        assert db.verdicts() == []
+        other.rollback()
+    reports = await asyncio.gather(*sweeping)
+    assert [report.error for report in reports] == [None] * 3
+    assert sum(report.recovered for report in reports) == 30
+    assert sorted(v["run_id"] for v in db.verdicts()) == orphans

@@ -35,8 +35,8 @@ PAGE: Final = 500
 LARGEST_SLICE: Final = 5_000
 """Larger ones are no quicker, and keep rows locked for longer."""
 LANES: Final = 2
-"""Slices at once: while one waits, for the disk or for this process, the other gets on. They pass
-over each other's rows."""
+"""Slices at once, in all sweeps of a table together: while one waits, for the disk or for its
+process, the other gets on. They pass over each other's rows."""
 LONG, SHORT = 0.5, 0.2
 """In seconds: a slice that takes longer makes the next one half as large, a quicker one larger;
 so no row is locked for a second, however slow the disk."""
@@ -51,6 +51,7 @@ class Lane:
 
     size: int
     after: Position | None = None
+    number: int = 0
     is_through: bool = False
 
 
@@ -139,7 +140,7 @@ async def judge_slices(
     [first, *others] = progress.lanes
     await along(first, only_shown=True)
     if not others and not first.is_through and progress.show <= 0:
-        progress.lanes += [Lane(first.size, first.after) for _ in range(LANES - 1)]
+        progress.lanes += [Lane(first.size, first.after, n) for n in range(1, LANES)]
     ends = await asyncio.gather(*map(along, progress.lanes), return_exceptions=True)
     for end in ends:
         if end is not None:
@@ -158,11 +159,18 @@ async def _judge_slice(
     if request.target.lock is not None:  # each takes a place among the server's locks
         size = min(size, PAGE)
     size = min(size, progress.show) if shown else size
-    began = time.monotonic()
     try:
         part = await in_transaction(
             engine,
-            partial(take_slice, request=request, size=size, after=after, among=among, shown=shown),
+            partial(
+                take_slice,
+                request=request,
+                lane=lane.number,
+                size=size,
+                after=after,
+                among=among,
+                shown=shown,
+            ),
         )
     except Exception as error:
         if is_outage(error):
@@ -170,16 +178,15 @@ async def _judge_slice(
         async with progress.careful:
             await _judge_page_of(engine, request, progress, lane, among, error)
         return
-    took = time.monotonic() - began
     lane.is_through = part.taken < size
     lane.after = part.last or after
     progress.detected += part.marked  # what was not marked comes up again
     progress.marked += part.marked - len(part.verdicts)
     progress.verdicts += part.verdicts
     progress.show -= len(part.runs)
-    if took > LONG:
+    if part.seconds > LONG:
         lane.size = max(PAGE, lane.size // 2)
-    elif took < SHORT:
+    elif part.seconds < SHORT:
         lane.size = min(LARGEST_SLICE, lane.size * 2)
     if part.runs:
         log_detected(part.runs)

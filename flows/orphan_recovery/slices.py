@@ -6,6 +6,7 @@ and comes up again when the slices are through; and what a mark writes is what i
 Only counts travel, but for the first runs of a sweep, which its report shows one by one.
 """
 
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -29,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
-from orphan_recovery.database import Executor, Span
+from orphan_recovery.database import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, orphans, snapshot
 from orphan_recovery.ledger import verdicts
@@ -56,6 +57,9 @@ class Position:
 @dataclass(frozen=True, slots=True)
 class Slice:
     """What one slice did."""
+
+    seconds: float
+    """How long its statement took, and so at most how long it has kept rows locked so far."""
 
     taken: int
     """Orphans that it locked; fewer than asked for: there are no more."""
@@ -85,6 +89,7 @@ async def take_slice(
     db: Executor,
     request: SweepRequest,
     *,
+    lane: int,
     size: int,
     after: Position | None,
     among: Among | None,
@@ -92,11 +97,15 @@ async def take_slice(
 ) -> Slice:
     """Mark the next orphans, in the order in which they were created. Does not commit.
 
+    Waits for its lane: of each there is one for the table, in all sweeps of it together, so that
+    many workers which start at once are no heavier than one.
+
     Args:
         db: a transaction of the caller's, READ COMMITTED. For its rest, its planner is told to
             take rows one by one, since a slice is a small part of any table that needs slices;
             and its commit does not wait for the disk, since the one that closes the sweep does.
         request: the sweep; it must be in the ledger.
+        lane: the number of its lane.
         size: at most so many.
         after: go on behind this one.
         among: only runs for which this holds.
@@ -106,14 +115,18 @@ async def take_slice(
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.
     """
     table = await runs_table(db, request.target)
-    await db.execute(_SETTINGS)
+    relation = table.relation
+    name = f"orphan_recovery lane {lane} of {relation.schema}.{relation.name}"
+    await db.execute(_SETTINGS, {"lane": name, "lock": str(LOCK_TIMEOUT_MS)})
+    began = time.monotonic()
     statement = _slice(table, request, among, shown=shown, further=after is not None)
     rows = list((await db.execute(statement, _place(size, after))).mappings())
+    took = time.monotonic() - began
     if shown:
-        return _shown(request, [dict(row) for row in rows])
+        return _shown(request, [dict(row) for row in rows], took)
     [row] = rows
     last = Position(row["created_at"].astimezone(UTC), row["run_id"]) if row["taken"] else None
-    return Slice(row["taken"], row["marked"], last)
+    return Slice(took, row["taken"], row["marked"], last)
 
 
 async def look_at_slice(
@@ -135,6 +148,10 @@ _SETTINGS: Final = select(
     # The log is flushed once, by the commit that closes the sweep. A server that crashes before
     # forgets marks and verdicts alike, and what it forgot is detected again.
     func.set_config("synchronous_commit", "off", True),
+    # For its lane it may have to wait longer than for a row that somebody holds.
+    func.set_config("lock_timeout", str(STATEMENT_TIMEOUT_MS), True),
+    func.pg_advisory_xact_lock(func.hashtextextended(bindparam("lane", type_=Text()), 0)),
+    func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
 )
 
 
@@ -259,7 +276,7 @@ def _condemn(locked: CTE, table: RunsTable, request: SweepRequest) -> tuple[CTE,
     return condemn(table, request, judged)
 
 
-def _shown(request: SweepRequest, rows: list[dict[str, Any]]) -> Slice:
+def _shown(request: SweepRequest, rows: list[dict[str, Any]], seconds: float) -> Slice:
     runs, given = [], []
     for row in rows:
         judged_at, silence = row.pop("judged_at"), row.pop("judged_silence")
@@ -271,7 +288,7 @@ def _shown(request: SweepRequest, rows: list[dict[str, Any]]) -> Slice:
             verdict = Verdict(run=run, outcome=Outcome.MARKED, judged_at=judged_at, silence=silence)
             given.append(verdict)
     last = position_of(runs[-1]) if runs else None
-    return Slice(len(runs), len(given), last, given, runs)
+    return Slice(seconds, len(runs), len(given), last, given, runs)
 
 
 def position_of(run: WorkerRun) -> Position:
