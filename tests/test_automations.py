@@ -18,6 +18,7 @@ from support import Database, until
 FILE = ROOT / "deployments" / "automation.yaml"
 SILENT = "orphan-recovery has not succeeded for 15 minutes"
 FAILED = "orphan-recovery failed"
+HELD = "orphan-recovery is held"
 DIED = "orphan-recovery died in mid-sweep"
 CONTROL = "the same alarm about a flow that never runs"
 
@@ -95,6 +96,28 @@ async def test_a_failed_sweep_raises_the_alarm_and_another_flow_does_not(
         about = alarm["payload"]["triggering_event"]["resource"]
         assert about["prefect.state-message"] == messages[about["prefect.resource.id"]]
     assert alarms(api, DIED) == []
+
+
+async def test_a_hold_raises_its_alarm_and_not_that_of_a_failure(
+    db: Database, prefect: str, api: Api, as_written: None
+) -> None:
+    for number in range(12):
+        db.add_run(f"silent-{number}", worker=f"worker-{number}")
+    for _ in range(5):  # as above
+        db.do(
+            "UPDATE orphan_recovery.holds SET ended_at = now(), ended_as = 'recovered'"
+            " WHERE ended_at IS NULL"
+        )
+        assert (await sweep(api)).name == "Held"
+        if await asyncio.to_thread(goes_off, api, HELD, seconds=15):
+            break
+    [alarm, *_] = alarms(api, HELD)
+    told = alarm["payload"]["triggering_event"]
+    assert told["resource"]["prefect.resource.name"] == "default"
+    assert (told["payload"]["runs"], told["payload"]["silent_workers"]) == (12, 12)
+    for alarm in alarms(api, FAILED):
+        about = alarm["payload"]["triggering_event"]["resource"]
+        assert about["prefect.state-name"] != "Held"
 
 
 @flow(name="somebody-elses")

@@ -443,7 +443,9 @@ async def _show(report: SweepReport) -> None:
     await acreate_table_artifact(
         key=f"{key}-verdicts", table=as_table(report), description=report.headline()
     )
-    await acreate_markdown_artifact(key=f"{key}-summary", markdown=as_markdown(report))
+    await acreate_markdown_artifact(
+        key=f"{key}-summary", markdown=as_markdown(report), description=report.headline()
+    )
 
 
 def _asked_by() -> str:
