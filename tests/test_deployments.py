@@ -111,6 +111,7 @@ def test_the_form_tells_each_parameter_and_its_limits(api: Api, name: str) -> No
         "worker",
         "limit",
         "reason",
+        "task_each_up_to",
     }
     for about in parameters.values():
         assert about["description"].endswith(".")

@@ -582,12 +582,15 @@ async def test_all_waits_of_a_sweep_together_are_bounded(
     own: Server, db: Restarted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is restarted again and again does not keep a sweep for ever."""
-    monkeypatch.setattr("orphan_recovery.sweep.LONGEST_WAIT", timedelta(seconds=2 * OFTEN))
+    monkeypatch.setenv(BEAT, "2")
+    monkeypatch.setattr("orphan_recovery.sweep.LONGEST_WAIT", timedelta(seconds=4))
     beaten = db.add_run("has beaten", beat="2 hours")
     own.restart()
     sweeping = asyncio.ensure_future(sweep())  # it waits for two beats
     await asyncio.to_thread(until, lambda: sweep_waits(db), "a sweep that waits")
-    await asyncio.to_thread(own.restart)  # and would have to wait for two more
+    # It would have to wait for two more; later by more than it takes to find its connection gone.
+    await asyncio.sleep(1.5)
+    await asyncio.to_thread(own.restart)
     report = await sweeping
     assert report.looked_twice is not None
     assert (report.postponed or "").startswith("the server was started ")
