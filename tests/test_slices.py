@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from alive.proxy import Proxy
+from alive_support import COMMIT
 from orphan_recovery import detect_orphaned_runs, judge, mark_run_as_crashed
+from orphan_recovery.policy import RetryPlan, retrying
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
@@ -269,9 +272,12 @@ def sizes(db: Database) -> list[dict[str, Any]]:
 
 
 async def test_all_sweeps_of_a_table_share_its_lanes(
-    db: Database, slices: Callable[..., None]
+    db: Database, slices: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fifty workers that start at once are no heavier for the server than one."""
+    """Fifty workers that start at once are no heavier for the server than one; and for its lane a
+    sweep waits for longer than for a row."""
+    monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 50)
+    monkeypatch.setattr(judge, "retrying", lambda: retrying(RetryPlan(0, 0, 0)))
     slices(10, lanes=1)
     orphans = db.add_orphans(30)
     with db.connect() as other:
@@ -281,9 +287,32 @@ async def test_all_sweeps_of_a_table_share_its_lanes(
         )
         sweeping = [asyncio.ensure_future(sweep()) for _ in range(3)]
         await asyncio.to_thread(db.await_lock_wait, 3)
+        await asyncio.sleep(0.5)
         assert db.verdicts() == []
+        monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 5_000)
         other.rollback()
     reports = await asyncio.gather(*sweeping)
     assert [report.error for report in reports] == [None] * 3
     assert sum(report.recovered for report in reports) == 30
     assert sorted(v["run_id"] for v in db.verdicts()) == orphans
+
+
+@pytest.mark.parametrize("show", [0, 100])
+async def test_a_slice_whose_acknowledgement_was_lost_is_counted_by_the_ledger(
+    db: Database,
+    slices: Callable[..., None],
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    show: int,
+) -> None:
+    """It is tried again, finds nothing of what it has marked, and marks the rest."""
+    monkeypatch.setattr(RetryPlan, "delay", lambda _self, retry: 0.01 * retry)
+    slices(5, show=show, lanes=1)
+    orphans = db.add_orphans(12)
+    proxy.lose_reply_to(COMMIT, after=b"orphan_recovery_taken")
+    report = await sweep()
+    assert proxy.has_lost_a_reply.is_set()
+    assert (report.error, report.detected, report.recovered) == (None, 12, 12)
+    assert db.outcomes() == dict.fromkeys(orphans, "marked")
+    [told] = db.sweeps()
+    assert (told["detected"], told["marked"], told["ended_as"]) == (12, 12, "completed")
