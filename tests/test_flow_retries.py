@@ -7,6 +7,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy import make_url
 
+from orphan_recovery.flow import TASKS_AT_ONCE
 from orphan_recovery.policy import retry_plan
 from prefect_support import Api, flow_run_of, marks, sweep
 from support import Database, until
@@ -70,20 +71,20 @@ async def test_every_task_is_retried_by_the_plan_of_the_policy(db: Database, api
 async def test_a_lost_database_ends_the_sweep_loudly_and_the_next_one_goes_on(
     db: Database, api: Api, server: str
 ) -> None:
-    orphans = db.add_orphans(20)
+    orphans = db.add_orphans(80)
     with db.connect() as holder:
         holder.execute("SELECT FROM worker_runs FOR UPDATE")
         sweeping = asyncio.create_task(sweep(api))
-        await asyncio.to_thread(await_waiting, db, 8)
+        await asyncio.to_thread(await_waiting, db, 7)
         allow_connections(server, db, False)
         cut_connections(db)
         state = await sweeping
     allow_connections(server, db, True)
     assert state.is_failed()
-    assert "20 FAILED" in (state.message or "")
+    assert "80 FAILED" in (state.message or "")
     assert "not currently accepting connections" in (state.message or "")
     tried = marks(api.task_runs(flow_run_of(state)))
-    assert len(tried) == 8  # the rest is not tried against a database that is gone
+    assert len(tried) == TASKS_AT_ONCE  # the rest is not tried against a database that is gone
     assert {run["run_count"] for run in tried.values()} == {1 + retry_plan().retries}
     assert set(db.statuses().values()) == {"running"}
     assert (await sweep(api)).is_completed()

@@ -20,12 +20,11 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
-from prefect.utilities.annotations import quote
 from pydantic import Field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from orphan_recovery.database import POOL_SIZE, address, describe, make_engine, transaction
+from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.detect import detect as detect_orphans
 from orphan_recovery.doubt import Doubt
 from orphan_recovery.flow_hold import (
@@ -42,7 +41,8 @@ from orphan_recovery.flow_hold import (
 )
 from orphan_recovery.hold import Decision, approve, is_open
 from orphan_recovery.judge import Progress, judge_pages, judge_slices
-from orphan_recovery.mark import log_verdict, mark_one
+from orphan_recovery.mark import log_verdict
+from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_outage, is_transient, retry_plan
 from orphan_recovery.report import SweepReport, as_markdown, as_table
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
@@ -67,6 +67,8 @@ from orphan_recovery.verdict import Outcome, Verdict
 FLOW_NAME = "recover-orphaned-runs"
 ALL_FLOW_NAME = "recover-all-targets"
 MOST_TASKS = 10_000
+TASKS_AT_ONCE = 64
+"""Task runs side by side. They mark together, so that each needs no connection of its own."""
 STRETCH_SECONDS = 5.0
 """How long one task run goes on with slices."""
 
@@ -140,22 +142,20 @@ async def detect(engine: AsyncEngine, request: SweepRequest, decision: Decision)
         return await detect_orphans(connection, request, among=decision.among)
 
 
-@task(name="mark", task_run_name="mark-{run.id}", **_RETRIED)
-async def mark(engine: AsyncEngine, request: SweepRequest, run: WorkerRun) -> Verdict:
-    """Give the verdict on one orphan, in a transaction of its own."""
-    async with _transaction(engine) as connection:
-        verdict = await mark_one(connection, request, run)
-    log_verdict(verdict, request)
-    get_run_logger().info(
-        "%s: %s; silent for %s by its %s when detected, threshold %s, held by worker %s",
-        run.id,
-        verdict.outcome.value,
-        run.silence,
-        run.evidence.value,
-        run.threshold,
-        run.worker_id or "(none)",
+@task(name="mark", task_run_name="mark-{run_id}", **_RETRIED)
+async def mark(marks: SharedMarks, run_id: str) -> State[Any]:
+    """Give the verdict on one orphan; its task run's state tells it, and so does its log."""
+    run = marks.runs[run_id]
+    try:
+        verdict = await marks.mark(run)
+    except DBAPIError as error:
+        raise DatabaseError(describe(error)) from error
+    log_verdict(verdict, marks.request)
+    message = (
+        f"{run.id}: {verdict.outcome.value}; silent for {run.silence} by its {run.evidence.value} "
+        f"when detected, threshold {run.threshold}, held by worker {run.worker_id or '(none)'}"
     )
-    return verdict
+    return Completed(message=message, data=verdict)
 
 
 @task(name="mark-slices", **_RETRIED_WITHIN)
@@ -405,9 +405,8 @@ async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decisio
         log_detected(runs)
     if request.dry_run:
         return []
-    at_once = asyncio.Semaphore(POOL_SIZE)
-    # Of each task run alike: Prefect need not look through them for what the task depends on.
-    alike: tuple[Any, Any] = (quote(engine), quote(request))
+    at_once = asyncio.Semaphore(TASKS_AT_ONCE)
+    marks = SharedMarks(engine, request, runs)
     outage: str | None = None
 
     async def judged(run: WorkerRun) -> Verdict:
@@ -416,7 +415,7 @@ async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decisio
             if outage:  # thousands of retries against a lost database help nobody
                 return Verdict(run=run, outcome=Outcome.FAILED, error=f"not tried after {outage}")
             # Prefect's overloads take the task for a sync one here.
-            state = await mark(*alike, run, return_state=True)  # type: ignore[misc]
+            state = await mark(marks, run.id, return_state=True)  # type: ignore[misc]
             result = await state.aresult(raise_on_failure=False)
         if isinstance(result, Verdict):
             return result
