@@ -40,6 +40,8 @@ process, the other gets on. They pass over each other's rows."""
 LONG, SHORT = 0.5, 0.2
 """In seconds: a slice that takes longer makes the next one half as large, a quicker one larger;
 so no row is locked for a second, however slow the disk."""
+PACED: Final = 20
+"""Slices a second where the target has a pace."""
 PATIENCE: Final = 8
 """Rounds in which rows that others hold, such as another sweep's slice, are looked at anew before
 each of them is waited for by itself; each after twice as long, two and a half seconds in all."""
@@ -52,6 +54,8 @@ class Lane:
     size: int
     after: Position | None = None
     number: int = 0
+    took: float = 0.0
+    """Its last slice, in seconds."""
     is_through: bool = False
 
 
@@ -139,7 +143,8 @@ async def judge_slices(
 
     [first, *others] = progress.lanes
     await along(first, only_shown=True)
-    if not others and not first.is_through and progress.show <= 0:
+    paced = request.target.orphans_per_second is not None
+    if not others and not first.is_through and progress.show <= 0 and not paced:
         progress.lanes += [Lane(first.size, first.after, n) for n in range(1, LANES)]
     ends = await asyncio.gather(*map(along, progress.lanes), return_exceptions=True)
     for end in ends:
@@ -158,7 +163,11 @@ async def _judge_slice(
     size, after, shown = lane.size, lane.after, progress.show > 0
     if request.target.lock is not None:  # each takes a place among the server's locks
         size = min(size, PAGE)
+    pace = request.target.orphans_per_second
+    if pace is not None:
+        size = min(size, math.ceil(pace / PACED))
     size = min(size, progress.show) if shown else size
+    pause = 0.0 if pace is None else max(0.0, size / pace - lane.took)
     try:
         part = await in_transaction(
             engine,
@@ -170,6 +179,7 @@ async def _judge_slice(
                 after=after,
                 among=among,
                 shown=shown,
+                pause=pause,
             ),
         )
     except Exception as error:
@@ -179,6 +189,7 @@ async def _judge_slice(
             await _judge_page_of(engine, request, progress, lane, among, error)
         return
     lane.is_through = part.taken < size
+    lane.took = part.seconds
     lane.after = part.last or after
     progress.detected += part.marked  # what was not marked comes up again
     progress.marked += part.marked - len(part.verdicts)
@@ -282,6 +293,8 @@ async def _judge_each_page(
         failed += [v for v in given if v.outcome is Outcome.FAILED]
         tried |= {v.run.id for v in given}
         report.judged([v for v in given if v.outcome is not Outcome.FAILED])
+        if request.target.orphans_per_second is not None:
+            await asyncio.sleep(len(page) / request.target.orphans_per_second)
     return held
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from sqlalchemy import (
     CTE,
     ColumnElement,
+    Double,
     Insert,
     Integer,
     Select,
@@ -94,6 +95,7 @@ async def take_slice(
     after: Position | None,
     among: Among | None,
     shown: bool,
+    pause: float = 0.0,
 ) -> Slice:
     """Mark the next orphans, in the order in which they were created. Does not commit.
 
@@ -110,6 +112,7 @@ async def take_slice(
         after: go on behind this one.
         among: only runs for which this holds.
         shown: return the verdicts too, and not their number alone.
+        pause: seconds to keep the lane idle before, so that nobody else goes on meanwhile.
 
     Raises:
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.
@@ -117,7 +120,8 @@ async def take_slice(
     table = await runs_table(db, request.target)
     relation = table.relation
     name = f"orphan_recovery lane {lane} of {relation.schema}.{relation.name}"
-    await db.execute(_SETTINGS, {"lane": name, "lock": str(LOCK_TIMEOUT_MS)})
+    settings = {"lane": name, "lock": str(LOCK_TIMEOUT_MS), "pause": pause}
+    await db.execute(_SETTINGS, settings)
     began = time.monotonic()
     statement = _slice(table, request, among, shown=shown, further=after is not None)
     rows = list((await db.execute(statement, _place(size, after))).mappings())
@@ -152,6 +156,7 @@ _SETTINGS: Final = select(
     func.set_config("lock_timeout", str(STATEMENT_TIMEOUT_MS), True),
     func.pg_advisory_xact_lock(func.hashtextextended(bindparam("lane", type_=Text()), 0)),
     func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
+    func.pg_sleep(bindparam("pause", type_=Double())),
 )
 
 
