@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from benchmarks import detection, flow, interference, peers, plots, rates, start
+from benchmarks import detection, flow, interference, peers, plots, rates, scale, start
 from benchmarks.data import Server, server
 from benchmarks.results import FULL, QUICK, Measured, Size, as_table
 
@@ -34,14 +34,24 @@ SUBJECTS: Final[dict[str, Callable[[Server, Size], Measured]]] = {
     "detection": detection.detection,
     "flow": flow.flow,
     "start": start.start,
+    "in-flight": scale.in_flight,
+    "targets": scale.targets,
 }
+ONLY_NAMED: Final = ("in-flight", "targets")
+"""They take many minutes and gigabytes, so they are no part of the whole."""
 PACKAGES: Final = ("prefect", "sqlalchemy", "psycopg", "procrastinate", "pgqueuer")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small numbers; judges nothing")
-    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SUBJECTS,
+        default=[name for name in SUBJECTS if name not in ONLY_NAMED],
+        help=f"some of it; {' and '.join(ONLY_NAMED)} take long, and run only when named here",
+    )
     parser.add_argument("--rounds", type=int, help="of each side")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--docs", type=Path, help="draw the plots into that folder")

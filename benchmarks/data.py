@@ -173,7 +173,8 @@ FROM (
     SELECT n, n > %(before_live)s::int AS is_live,
            n <= %(before_live)s::int AND n > %(before_live)s::int - %(step)s::int * %(orphans)s::int
            AND (%(before_live)s::int - n) %% %(step)s::int = 0 AS is_orphan,
-           CASE WHEN n > %(before_live)s::int AND n %% 2 = 1 THEN now()
+           CASE WHEN n > %(before_live)s::int AND n %% 2 = 1
+                THEN now() - (%(rows)s::int - n) * interval '100 microseconds'
                 ELSE now() - interval '2 days' - (%(rows)s::int - n) * interval '1 second' END
            AS created_at
     FROM generate_series(1, %(rows)s::int) AS n

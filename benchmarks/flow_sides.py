@@ -2,6 +2,7 @@
 
     python -m benchmarks.flow_sides recover _ N    N: above so many orphans, slices; 0: as ever
     python -m benchmarks.flow_sides empty N _      N empty tasks
+    python -m benchmarks.flow_sides targets N _    every target, N at once
 
 The hazard is an empty flow that is dearer than it need be: it is built the way the product's is
 (async tasks, side by side, as many at once, the same retries), which is the cheapest there is.
@@ -20,7 +21,7 @@ from prefect.tasks import exponential_backoff
 
 from benchmarks.sides import THRESHOLD_MINUTES, serve
 from orphan_recovery.database import POOL_SIZE
-from orphan_recovery.flow import recover_orphaned_runs
+from orphan_recovery.flow import recover_all_targets, recover_orphaned_runs
 from orphan_recovery.policy import retry_plan
 
 CAN_SLICE: Final = "task_each_up_to" in signature(recover_orphaned_runs.fn).parameters
@@ -36,6 +37,18 @@ def recover(_: int, task_each_up_to: int) -> int:
         )
 
     state = asyncio.run(recovered())
+    if not state.is_completed():
+        raise SystemExit(f"{state.name}: {state.message}")
+    return 0
+
+
+def targets(at_once: int, _: int) -> int:
+    """The product's flow of all targets."""
+
+    async def swept() -> State[Any]:
+        return await recover_all_targets(at_once=at_once, return_state=True)
+
+    state = asyncio.run(swept())
     if not state.is_completed():
         raise SystemExit(f"{state.name}: {state.message}")
     return 0
@@ -84,5 +97,5 @@ async def _ended(number: int) -> None:
 
 
 if __name__ == "__main__":
-    side = {"recover": recover, "empty": empty}[sys.argv[1]]
+    side = {"recover": recover, "empty": empty, "targets": targets}[sys.argv[1]]
     serve(lambda: side(*map(int, sys.argv[2:])))

@@ -119,6 +119,11 @@ class Size:
     starts: int = 15
     load_seconds: float = 4.0
     peers: int = 10_000
+    all_in_flight: int = 10_000_000
+    """Runs in flight in one table, all of them."""
+    targets: int = 1_000
+    flow_targets: int = 50
+    """Of those, the ones that the flow of all targets sweeps."""
 
 
 FULL: Final = Size()
@@ -140,6 +145,9 @@ QUICK: Final = Size(
     starts=1,
     load_seconds=0.5,
     peers=200,
+    all_in_flight=20_000,
+    targets=5,
+    flow_targets=3,
 )
 
 
