@@ -316,3 +316,61 @@ async def test_a_slice_whose_acknowledgement_was_lost_is_counted_by_the_ledger(
     assert db.outcomes() == dict.fromkeys(orphans, "marked")
     [told] = db.sweeps()
     assert (told["detected"], told["marked"], told["ended_as"]) == (12, 12, "completed")
+
+
+def begun(db: Database, ago: str = "1 second", target: str = "default") -> Any:
+    """Another sweep, which began so long ago and is at work still."""
+    return db.one(
+        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+        " threshold, scope, version, opened_at, in_flight) VALUES (gen_random_uuid(), %s,"
+        " 'worker_runs', 'test', 'test', '30 minutes', '{}', '0', now() - %s::interval, 1)"
+        " RETURNING sweep_id",
+        *(target, ago),
+    )
+
+
+async def test_a_sweep_with_many_orphans_lets_one_that_began_before_go_first(
+    db: Database, slices: Callable[..., None]
+) -> None:
+    slices(10)
+    orphans = db.add_orphans(30)
+    other = begun(db)
+    sweeping = asyncio.create_task(sweep())
+    await asyncio.to_thread(until, lambda: len(db.sweeps()) == 2, "the sweep to begin")
+    await asyncio.sleep(0.5)
+    assert db.verdicts() == []
+    db.do(
+        "UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed', detected = 0,"
+        " marked = 0, missed = 0, failed = 0 WHERE sweep_id = %s",
+        other,
+    )
+    assert (await sweeping).recovered == 30
+    assert db.outcomes() == dict.fromkeys(orphans, "marked")
+
+
+@pytest.mark.parametrize(
+    ("ago", "target"), [("2 minutes", "default"), ("-1 hour", "default"), ("1 second", "other")]
+)
+async def test_it_waits_for_no_other(
+    db: Database,
+    slices: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    ago: str,
+    target: str,
+) -> None:
+    """One that began long ago, or after it, or is of another target."""
+    monkeypatch.setattr(judge, "AFTER_YOU", 600.0)
+    slices(10)
+    db.add_orphans(30)
+    begun(db, ago, target)
+    assert (await sweep()).recovered == 30
+
+
+async def test_it_does_not_wait_for_ever(
+    db: Database, slices: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "AFTER_YOU", 0.2)
+    slices(10)
+    db.add_orphans(30)
+    begun(db)
+    assert (await sweep()).recovered == 30
