@@ -18,17 +18,22 @@ from benchmarks.results import Goal, Measured, Result, Side, Size
 WORKERS = 8
 LOOPS_A_SECOND = 25
 """Of each worker; a loop is four small transactions."""
+PACE = 5_000
+"""Orphans a second, where the sweep has one."""
+PACED = {"ORPHAN_RECOVERY_TARGETS__DEFAULT__ORPHANS_PER_SECOND": str(PACE)}
 
 
 def interference(server: Server, size: Size) -> Measured:
     """Workers under a sweep, and under a bare statement, against workers alone."""
     fleet = Fleet(size.rows, size.orphans)
-    p99s: dict[str, list[tuple[float, float]]] = {"sweep": [], "bare": []}
+    settings: dict[str, dict[str, str]] = {"bare": {}, "sweep": {}, "paced": PACED}
+    p99s: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
     errors, deadlocks = list[str](), 0
     for _ in range(size.rounds):
-        for name, side in (("bare", BARE), ("sweep", SWEEP)):
+        for name, environment in settings.items():
+            side = BARE if name == "bare" else SWEEP
             with server.copy(fleet) as url:
-                alone, during, failed = _under_load(url, side, size.load_seconds)
+                alone, during, failed = _under_load(url, side, size.load_seconds, environment)
                 p99s[name].append((alone, during))
                 errors += failed
                 with server.connect() as admin:
@@ -44,7 +49,7 @@ def interference(server: Server, size: Size) -> Measured:
 
     def sides(name: str) -> list[Side]:
         return [
-            Side(f"p99 under the {name}", [during for _, during in p99s[name]], "ms"),
+            Side("p99 during it", [during for _, during in p99s[name]], "ms"),
             Side("p99 alone", [alone for alone, _ in p99s[name]], "ms"),
         ]
 
@@ -52,11 +57,17 @@ def interference(server: Server, size: Size) -> Measured:
     return Measured(
         [
             Result(
-                "p99 of a worker's loop under a sweep, against none",
+                f"p99 of a worker's loop under a sweep of {PACE:,} orphans/s, against none",
+                slower("paced"),
+                Goal(1.5),
+                sides=sides("paced"),
+                notes=[f"{WORKERS} workers, {LOOPS_A_SECOND} loops/s each: claim, beat, finish"],
+            ),
+            Result(
+                "p99 of a worker's loop under a sweep at full speed, against none",
                 slower("sweep"),
                 Goal(1.5),
                 sides=sides("sweep"),
-                notes=[f"{WORKERS} workers, {LOOPS_A_SECOND} loops/s each: claim, beat, finish"],
             ),
             Result(
                 "p99 of a worker's loop under the bare statement, against none",
@@ -64,7 +75,7 @@ def interference(server: Server, size: Size) -> Measured:
                 sides=sides("bare"),
             ),
             Result(
-                "p99 of a worker's loop under a sweep, against under the bare statement",
+                "p99 of a worker's loop under a sweep at full speed, against the bare statement",
                 [swept / bare for (_, swept), (_, bare) in against_bare],
             ),
             Result(
@@ -78,7 +89,9 @@ def interference(server: Server, size: Size) -> Measured:
     )
 
 
-def _under_load(url: str, side: tuple[str, ...], seconds: float) -> tuple[float, float, list[str]]:
+def _under_load(
+    url: str, side: tuple[str, ...], seconds: float, environment: dict[str, str]
+) -> tuple[float, float, list[str]]:
     """The 99th percentile in milliseconds before ``side`` and during it, and what went wrong."""
     load = Process(url, "benchmarks.load", WORKERS, LOOPS_A_SECOND)
     load.go()
@@ -86,7 +99,7 @@ def _under_load(url: str, side: tuple[str, ...], seconds: float) -> tuple[float,
     alone_since = time.monotonic()
     time.sleep(seconds)
     alone_until = time.monotonic()
-    ran = run(url, *side)
+    ran = run(url, *side, **environment)
     load.go()  # and it ends
     told: dict[str, Any] = load.answer()
     p99 = _p99_of(told["loops"])

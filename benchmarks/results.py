@@ -117,7 +117,7 @@ class Size:
     task_each_up_to: int = 1_000
     flow_rounds: int = 3
     starts: int = 15
-    load_seconds: float = 4.0
+    load_seconds: float = 8.0
     peers: int = 10_000
     all_in_flight: int = 10_000_000
     """Runs in flight in one table, all of them."""
