@@ -18,7 +18,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import POOL_SIZE, describe, transaction
 from orphan_recovery.detect import Among, detect
-from orphan_recovery.ledger import is_behind_another
 from orphan_recovery.log import logger
 from orphan_recovery.mark import log_verdict, mark, mark_one
 from orphan_recovery.policy import is_outage, retrying
@@ -43,9 +42,6 @@ LONG, SHORT = 0.5, 0.2
 so no row is locked for a second, however slow the disk."""
 PACED: Final = 20
 """Slices a second where the target has a pace."""
-AFTER_YOU: Final = 5.0
-"""Seconds that a sweep with many orphans lets another one of its target, which began before it,
-get on by itself: it does the work of both, and side by side they are slower."""
 PATIENCE: Final = 8
 """Rounds in which rows that others hold, such as another sweep's slice, are looked at anew before
 each of them is waited for by itself; each after twice as long, two and a half seconds in all."""
@@ -148,22 +144,12 @@ async def judge_slices(
     [first, *others] = progress.lanes
     await along(first, only_shown=True)
     paced = request.target.orphans_per_second is not None
-    if not others and not first.is_through and progress.show <= 0:
-        await _let_another_go_first(engine, request)
-        if not paced:
-            progress.lanes += [Lane(first.size, first.after, n) for n in range(1, LANES)]
+    if not others and not first.is_through and progress.show <= 0 and not paced:
+        progress.lanes += [Lane(first.size, first.after, n) for n in range(1, LANES)]
     ends = await asyncio.gather(*map(along, progress.lanes), return_exceptions=True)
     for end in ends:
         if end is not None:
             raise end
-
-
-async def _let_another_go_first(engine: AsyncEngine, request: SweepRequest) -> None:
-    give_up_at = time.monotonic() + AFTER_YOU
-    while await in_transaction(engine, partial(is_behind_another, request=request)):
-        if time.monotonic() > give_up_at:  # it may be dead; or a giant, which shares its lanes
-            break
-        await asyncio.sleep(0.05)
 
 
 async def _judge_slice(

@@ -30,7 +30,6 @@ from sqlalchemy import (
     or_,
     select,
     true,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, insert
@@ -216,21 +215,6 @@ async def open_sweep(
         looked |= {**counts, "ended_at": _NOW, "ended_as": Ended.COMPLETED.value}
     opened = insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing()
     await db.execute(opened.add_cte(_closing_the_dead().cte("orphan_recovery_dead")))
-
-
-async def is_behind_another(db: Executor, request: SweepRequest) -> bool:
-    """Whether a sweep of the same target that began before this one, of late, is still at work.
-    Reads only.
-    """
-    me = literal(request.sweep_id, sweeps.c.sweep_id.type)
-    own = select(sweeps.c.opened_at).where(sweeps.c.sweep_id == me).scalar_subquery()
-    other = (
-        select(sweeps.c.sweep_id)
-        .where(sweeps.c.target == request.target.name, sweeps.c.ended_at.is_(None))
-        .where(sweeps.c.opened_at > _NOW - timedelta(minutes=1))
-        .where(tuple_(sweeps.c.opened_at, sweeps.c.sweep_id) < tuple_(own, me))
-    )
-    return bool((await db.execute(select(other.exists()))).scalar_one())
 
 
 async def note_direct_call(db: Executor, request: SweepRequest) -> None:
