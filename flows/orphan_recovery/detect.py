@@ -78,8 +78,9 @@ async def detect(
     bounds = [n for n in (page, request.limit) if n is not None]
     if bounds:
         statement = statement.limit(min(bounds))
-    rows = (await db.execute(statement)).mappings()
-    return [snapshot(request, dict(row)) for row in rows]
+    rows = await db.execute(statement)
+    names = tuple(rows.keys())
+    return [snapshot(request, dict(zip(names, row, strict=True))) for row in rows]
 
 
 def orphans(
