@@ -8,6 +8,7 @@ import asyncio
 import re
 import signal
 from collections.abc import Iterator
+from statistics import quantiles
 
 import pytest
 
@@ -48,10 +49,11 @@ def test_all_runs_of_a_process_share_a_connection_and_a_statement_a_beat(minute:
         "SELECT pid, runs FROM beats WHERE runs && %s AND pid <> %s", ["fleet-2", "fleet-300"], pid
     )
     assert others == [], "no other statement beats for any of them"
-    pauses = sorted(row["pause"] for row in rows[1:])
-    assert pauses[0] >= 0.88
-    assert pauses[0] < 0.97, "some come early"
-    assert pauses[-1] - pauses[0] > 0.05, "and some late"
+    # Quartiles, for a busy machine delays one or the other; beats that are spread by a tenth to
+    # either side lie a tenth apart there.
+    early, _, late = quantiles([row["pause"] for row in rows[1:]], n=4)
+    assert early >= 0.9
+    assert late - early > 0.04, "some come early, and some late"
     connections = db.do(
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
         " AND application_name = 'orphan-recovery' AND query_start > now() - interval '3 seconds'"
