@@ -20,8 +20,7 @@ from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
 from benchmarks.sides import THRESHOLD_MINUTES, serve
-from orphan_recovery.database import POOL_SIZE
-from orphan_recovery.flow import recover_all_targets, recover_orphaned_runs
+from orphan_recovery.flow import TASKS_AT_ONCE, recover_all_targets, recover_orphaned_runs
 from orphan_recovery.policy import retry_plan
 
 CAN_SLICE: Final = "task_each_up_to" in signature(recover_orphaned_runs.fn).parameters
@@ -77,7 +76,7 @@ async def nothing() -> None:
 @flow(name="empty-tasks", persist_result=False)
 async def empty_tasks(number: int) -> State[Any]:
     """So many empty tasks, side by side."""
-    at_once = asyncio.Semaphore(POOL_SIZE)
+    at_once = asyncio.Semaphore(TASKS_AT_ONCE)
 
     async def one() -> State[Any]:
         async with at_once:

@@ -73,6 +73,25 @@ async def test_pages_keep_it_too(db: Database, monkeypatch: pytest.MonkeyPatch) 
     assert given[-1][0] >= NEARLY * timedelta(seconds=4 / 20)
 
 
+async def test_nothing_is_waited_for_after_the_last_page(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a page has no more than a second's worth."""
+    pauses = list[float]()
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    db.add_orphans(6)
+    monkeypatch.setenv(VARIABLE, "2")
+    monkeypatch.setattr("orphan_recovery.judge.asyncio.sleep", noted)
+    assert (await sweep(limit=6)).recovered == 6
+    assert pauses == [1.0, 1.0]
+    assert [verdicts for _, verdicts in times(db)] == [2] * 3
+
+
 @pytest.mark.parametrize("bad", ["0", "-5", "fast"])
 async def test_a_pace_that_is_none_is_refused(
     db: Database, monkeypatch: pytest.MonkeyPatch, bad: str

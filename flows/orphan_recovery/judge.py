@@ -277,11 +277,13 @@ async def _judge_each_page(
         page = await in_transaction(engine, look)
         if not page:
             break
-        last = page[-1]
+        is_first, last = last is None, page[-1]
         page = [run for run in page if run.id not in tried]
         if request.dry_run:
             report.saw(page)
             continue
+        if request.target.orphans_per_second is not None and not is_first:
+            await asyncio.sleep(len(page) / request.target.orphans_per_second)
         verdicts = await _mark_page(engine, request, page) if page else []
         pairs = list(zip(page, verdicts, strict=True))
         judged = [run for run, verdict in pairs if verdict is not None]
@@ -293,15 +295,15 @@ async def _judge_each_page(
         failed += [v for v in given if v.outcome is Outcome.FAILED]
         tried |= {v.run.id for v in given}
         report.judged([v for v in given if v.outcome is not Outcome.FAILED])
-        if request.target.orphans_per_second is not None:
-            await asyncio.sleep(len(page) / request.target.orphans_per_second)
     return held
 
 
 def _room(report: SweepReport, held: list[WorkerRun]) -> int:
     """How many runs the next page may have."""
-    limit = report.request.limit
-    return PAGE if limit is None else min(PAGE, limit - report.detected - len(held))
+    limit, page = report.request.limit, PAGE
+    if not report.request.dry_run:  # what is marked, is so at most a second's worth at once
+        page = min(page, report.request.target.orphans_per_second or page)
+    return page if limit is None else min(page, limit - report.detected - len(held))
 
 
 async def _mark_page(
