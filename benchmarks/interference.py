@@ -18,22 +18,23 @@ from benchmarks.results import Goal, Measured, Result, Side, Size
 WORKERS = 8
 LOOPS_A_SECOND = 25
 """Of each worker; a loop is four small transactions."""
-PACE = 5_000
-"""Orphans a second, where the sweep has one."""
-PACED = {"ORPHAN_RECOVERY_TARGETS__DEFAULT__ORPHANS_PER_SECOND": str(PACE)}
+HASTE = {"ORPHAN_RECOVERY_TARGETS__DEFAULT__ORPHANS_PER_SECOND": "1000000"}
+"""A pace that is set is kept whatever others do; nothing can be marked so fast."""
 
 
 def interference(server: Server, size: Size) -> Measured:
     """Workers under a sweep, and under a bare statement, against workers alone."""
     fleet = Fleet(size.rows, size.orphans)
-    settings: dict[str, dict[str, str]] = {"bare": {}, "sweep": {}, "paced": PACED}
+    settings: dict[str, dict[str, str]] = {"bare": {}, "haste": HASTE, "sweep": {}}
     p99s: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
-    errors, deadlocks = list[str](), 0
+    seconds, errors, deadlocks = list[float](), list[str](), 0
     for _ in range(size.rounds):
         for name, environment in settings.items():
             side = BARE if name == "bare" else SWEEP
             with server.copy(fleet) as url:
-                alone, during, failed = _under_load(url, side, size.load_seconds, environment)
+                alone, during, took, failed = _under_load(url, side, size.load_seconds, environment)
+                if name == "sweep":
+                    seconds.append(took)
                 p99s[name].append((alone, during))
                 errors += failed
                 with server.connect() as admin:
@@ -53,21 +54,20 @@ def interference(server: Server, size: Size) -> Measured:
             Side("p99 alone", [alone for alone, _ in p99s[name]], "ms"),
         ]
 
-    against_bare = zip(p99s["sweep"], p99s["bare"], strict=True)
+    against_bare = zip(p99s["haste"], p99s["bare"], strict=True)
     return Measured(
         [
             Result(
-                f"p99 of a worker's loop under a sweep of {PACE:,} orphans/s, against none",
-                slower("paced"),
+                "p99 of a worker's loop under a sweep, against none",
+                slower("sweep"),
                 Goal(1.5),
-                sides=sides("paced"),
+                sides=[*sides("sweep"), Side("the sweep", seconds, "s")],
                 notes=[f"{WORKERS} workers, {LOOPS_A_SECOND} loops/s each: claim, beat, finish"],
             ),
             Result(
-                "p99 of a worker's loop under a sweep at full speed, against none",
-                slower("sweep"),
-                Goal(1.5),
-                sides=sides("sweep"),
+                "p99 of a worker's loop under a sweep that does not give way, against none",
+                slower("haste"),
+                sides=sides("haste"),
             ),
             Result(
                 "p99 of a worker's loop under the bare statement, against none",
@@ -75,7 +75,8 @@ def interference(server: Server, size: Size) -> Measured:
                 sides=sides("bare"),
             ),
             Result(
-                "p99 of a worker's loop under a sweep at full speed, against the bare statement",
+                "p99 of a worker's loop under a sweep that does not give way, "
+                "against the bare statement",
                 [swept / bare for (_, swept), (_, bare) in against_bare],
             ),
             Result(
@@ -91,8 +92,9 @@ def interference(server: Server, size: Size) -> Measured:
 
 def _under_load(
     url: str, side: tuple[str, ...], seconds: float, environment: dict[str, str]
-) -> tuple[float, float, list[str]]:
-    """The 99th percentile in milliseconds before ``side`` and during it, and what went wrong."""
+) -> tuple[float, float, float, list[str]]:
+    """The 99th percentile in milliseconds before ``side`` and during it, how many seconds that
+    took, and what went wrong."""
     load = Process(url, "benchmarks.load", WORKERS, LOOPS_A_SECOND)
     load.go()
     time.sleep(min(1.0, seconds))  # first statements of a connection are slow
@@ -105,7 +107,7 @@ def _under_load(
     p99 = _p99_of(told["loops"])
     alone = p99(alone_since, alone_until)
     during = p99(ran.began, ran.began + max(ran.seconds, 0.5))
-    return alone, during, told["errors"]
+    return alone, during, ran.seconds, told["errors"]
 
 
 def _p99_of(loops: list[tuple[float, float]]) -> Callable[[float, float], float]:

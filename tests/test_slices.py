@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from alive.proxy import Proxy
 from alive_support import COMMIT
 from orphan_recovery import detect_orphaned_runs, judge, mark_run_as_crashed
-from orphan_recovery.policy import RetryPlan, retrying
+from orphan_recovery.database import transaction
+from orphan_recovery.lane import enter
+from orphan_recovery.policy import RetryPlan, is_transient, retrying
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.targets import find_target
 from support import Database, until
 from tables_support import configure
 from tables_support import sweep as sweep_of
@@ -295,6 +301,29 @@ async def test_all_sweeps_of_a_table_share_its_lanes(
     assert [report.error for report in reports] == [None] * 3
     assert sum(report.recovered for report in reports) == 30
     assert sorted(v["run_id"] for v in db.verdicts()) == orphans
+
+
+async def test_a_sweep_that_froze_in_its_lane_holds_up_no_other(
+    db: Database,
+    engine: AsyncEngine,
+    slices: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server ends its session, and with that its locks."""
+    slices(10, lanes=1)
+    orphans = db.add_orphans(15)
+    monkeypatch.setattr("orphan_recovery.database.IDLE_TIMEOUT_MS", 1_000)
+
+    async def freeze() -> None:
+        async with transaction(engine) as connection:
+            await enter(connection, find_target(None), 0)
+            assert (await sweep()).recovered == 15  # while this transaction does nothing
+            await connection.execute(text("SELECT 1"))
+
+    with pytest.raises(DBAPIError) as lost:
+        await freeze()
+    assert is_transient(lost.value)
+    assert db.outcomes() == dict.fromkeys(orphans, "marked")
 
 
 @pytest.mark.parametrize("show", [0, 100])

@@ -16,6 +16,7 @@ from sqlalchemy import (
     URL,
     ColumnElement,
     Interval,
+    ScalarSelect,
     Select,
     Text,
     TypeDecorator,
@@ -57,6 +58,8 @@ class Span(TypeDecorator[timedelta]):
 CONNECT_TIMEOUT_SECONDS: Final = 10
 LOCK_TIMEOUT_MS: Final = 5_000
 STATEMENT_TIMEOUT_MS: Final = 60_000
+IDLE_TIMEOUT_MS: Final = 60_000
+"""A process that freezes within a transaction keeps its locks for no longer."""
 POOL_SIZE: Final = 8
 """Connections at most, and so runs marked side by side."""
 
@@ -162,6 +165,13 @@ def server_started() -> ColumnElement[datetime]:
     return func.greatest(started, crew.scalar_subquery(), reset.scalar_subquery(), type_=aware)
 
 
+def this_database() -> ScalarSelect[Any]:
+    """The oid of the database at hand, by which ``pg_locks`` names it."""
+    databases = table("pg_database", schema="pg_catalog")
+    named: Select[Any] = select(column("oid")).select_from(databases)
+    return named.where(column("datname") == func.current_database()).scalar_subquery()
+
+
 def make_engine(url: URL) -> AsyncEngine:
     """An engine of our own; nothing connects before it is used. Dispose of it when done."""
     return create_async_engine(
@@ -189,6 +199,7 @@ def make_engine(url: URL) -> AsyncEngine:
 _LIMITS: Final = select(
     func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
     func.set_config("statement_timeout", bindparam("statement", type_=Text()), True),
+    func.set_config("idle_in_transaction_session_timeout", bindparam("idle", type_=Text()), True),
     # The driver reads times and spans in these styles only.
     func.set_config("datestyle", "ISO", True),
     func.set_config("intervalstyle", "postgres", True),
@@ -202,7 +213,11 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     Commits when the block ends well, rolls back when it raises. It always runs READ COMMITTED,
     which lets the mark see a row as it stands once its lock is held.
     """
-    limits = {"lock": str(LOCK_TIMEOUT_MS), "statement": str(STATEMENT_TIMEOUT_MS)}
+    limits = {
+        "lock": str(LOCK_TIMEOUT_MS),
+        "statement": str(STATEMENT_TIMEOUT_MS),
+        "idle": str(IDLE_TIMEOUT_MS),
+    }
     async with engine.begin() as connection:
         await connection.execute(_LIMITS, limits)
         yield connection

@@ -18,13 +18,30 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import POOL_SIZE, describe, transaction
 from orphan_recovery.detect import Among, detect
+from orphan_recovery.lane import (
+    ASK_AGAIN_SECONDS,
+    LANES,
+    LONGEST_PAUSE_SECONDS,
+    PACED,
+    SHARE,
+    SMALL_SLICE,
+    Lane,
+    Traffic,
+    enter,
+)
 from orphan_recovery.log import logger
 from orphan_recovery.mark import log_verdict, mark, mark_one
 from orphan_recovery.policy import is_outage, retrying
 from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
-from orphan_recovery.slices import Position, is_sliceable, look_at_slice, position_of, take_slice
+from orphan_recovery.slices import (
+    Slice,
+    is_sliceable,
+    look_at_slice,
+    position_of,
+    take_slice,
+)
 from orphan_recovery.sweep import log_detected
 from orphan_recovery.verdict import Outcome, Verdict
 
@@ -34,29 +51,12 @@ PAGE: Final = 500
 """Runs detected, and marked, in one transaction of the page by page way."""
 LARGEST_SLICE: Final = 5_000
 """Larger ones are no quicker, and keep rows locked for longer."""
-LANES: Final = 2
-"""Slices at once, in all sweeps of a table together: while one waits, for the disk or for its
-process, the other gets on. They pass over each other's rows."""
 LONG, SHORT = 0.5, 0.2
 """In seconds: a slice that takes longer makes the next one half as large, a quicker one larger;
 so no row is locked for a second, however slow the disk."""
-PACED: Final = 20
-"""Slices a second where the target has a pace."""
 PATIENCE: Final = 8
 """Rounds in which rows that others hold, such as another sweep's slice, are looked at anew before
 each of them is waited for by itself; each after twice as long, two and a half seconds in all."""
-
-
-@dataclass(slots=True)
-class Lane:
-    """Where one row of slices, each behind the one before, has come to."""
-
-    size: int
-    after: Position | None = None
-    number: int = 0
-    took: float = 0.0
-    """Its last slice, in seconds."""
-    is_through: bool = False
 
 
 @dataclass(slots=True)
@@ -74,6 +74,7 @@ class Progress:
     verdicts: list[Verdict] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     """Runs that could not be marked, by either lane."""
+    traffic: Traffic = field(default_factory=Traffic)
     careful: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One lane at a time goes row by row, so that both do not fail at the same one."""
 
@@ -134,14 +135,17 @@ async def judge_slices(
         seconds: begin no slice after so long.
     """
     give_up_at = time.monotonic() + seconds
+    [first, *others] = progress.lanes
 
     async def along(lane: Lane, *, only_shown: bool = False) -> None:
         while not lane.is_through and time.monotonic() < give_up_at:
             if only_shown and progress.show <= 0:
                 break
+            if lane is not first and not first.is_through and progress.traffic.gives_way:
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+                continue
             await _judge_slice(engine, request, progress, lane, among)
 
-    [first, *others] = progress.lanes
     await along(first, only_shown=True)
     paced = request.target.orphans_per_second is not None
     if not others and not first.is_through and progress.show <= 0 and not paced:
@@ -160,27 +164,10 @@ async def _judge_slice(
     among: Among | None,
 ) -> None:
     """Mark the next slice, or, if it cannot be marked as one, its first page row by row."""
-    size, after, shown = lane.size, lane.after, progress.show > 0
-    if request.target.lock is not None:  # each takes a place among the server's locks
-        size = min(size, PAGE)
-    pace = request.target.orphans_per_second
-    if pace is not None:
-        size = min(size, math.ceil(pace / PACED))
-    size = min(size, progress.show) if shown else size
-    pause = 0.0 if pace is None else max(0.0, size / pace - lane.took)
+    shown = progress.show > 0
     try:
         part = await in_transaction(
-            engine,
-            partial(
-                take_slice,
-                request=request,
-                lane=lane.number,
-                size=size,
-                after=after,
-                among=among,
-                shown=shown,
-                pause=pause,
-            ),
+            engine, partial(_in_lane, request=request, progress=progress, lane=lane, among=among)
         )
     except Exception as error:
         if is_outage(error):
@@ -188,9 +175,10 @@ async def _judge_slice(
         async with progress.careful:
             await _judge_page_of(engine, request, progress, lane, among, error)
         return
-    lane.is_through = part.taken < size
+    progress.traffic.own += 1
+    lane.is_through = part.is_last
     lane.took = part.seconds
-    lane.after = part.last or after
+    lane.after = part.last or lane.after
     progress.detected += part.marked  # what was not marked comes up again
     progress.marked += part.marked - len(part.verdicts)
     progress.verdicts += part.verdicts
@@ -206,6 +194,43 @@ async def _judge_slice(
     if part.marked and not shown:
         fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
         logger.warning("orphan_runs_marked_crashed", extra={**fields, "count": part.marked})
+
+
+async def _in_lane(
+    db: AsyncConnection,
+    request: SweepRequest,
+    progress: Progress,
+    lane: Lane,
+    among: Among | None,
+) -> Slice:
+    """Take the next slice in its lane, of a size and after a pause that suit."""
+    next_transaction = await enter(db, request.target, lane.number)
+    size, pause, pace = lane.size, 0.0, request.target.orphans_per_second
+    if request.target.lock is not None:  # each takes a place among the server's locks
+        size = min(size, PAGE)
+    if lane.number == 0:
+        progress.traffic.count(next_transaction)
+    if pace is not None:
+        size = min(size, math.ceil(pace / PACED))
+    elif progress.traffic.gives_way:
+        _tell_that_it_gives_way(request, progress.traffic)
+        size = min(size, SMALL_SLICE)
+        pause = min(lane.took * (1 / SHARE - 1), LONGEST_PAUSE_SECONDS)
+    shown = progress.show > 0
+    size = min(size, progress.show) if shown else size
+    if pace is not None:
+        pause = size / pace - lane.took
+    await asyncio.sleep(pause)  # within the lane, so that nobody else goes on meanwhile
+    return await take_slice(db, request, size=size, after=lane.after, among=among, shown=shown)
+
+
+def _tell_that_it_gives_way(request: SweepRequest, traffic: Traffic) -> None:
+    """Emit the event of a sweep that takes longer than it needs to, once."""
+    if traffic.since is None:
+        traffic.since = time.monotonic()
+        fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
+        fields["writes_per_second"] = str(round(traffic.others))
+        logger.info("sweep_gives_way", extra=fields)
 
 
 async def _judge_page_of(

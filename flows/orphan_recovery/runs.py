@@ -19,7 +19,6 @@ from sqlalchemy import (
     ColumnClause,
     ColumnElement,
     FromClause,
-    Select,
     Table,
     Text,
     and_,
@@ -41,6 +40,7 @@ from sqlalchemy.sql.selectable import LateralFromClause
 from sqlalchemy.types import TypeEngine
 
 from orphan_recovery.catalog import ColumnFacts, Relation
+from orphan_recovery.database import this_database
 from orphan_recovery.run import Evidence
 from orphan_recovery.targets import Columns, Target
 
@@ -223,11 +223,6 @@ class RunsTable:
             return false()
         columns: list[ColumnClause[Any]] = [column(name) for name in _LOCK_COLUMNS]
         locks = table("pg_locks", *columns, schema="pg_catalog")
-        database: Select[Any] = (
-            select(literal_column("oid"))
-            .select_from(table("pg_database"))
-            .where(literal_column("datname") == func.current_database())
-        )
         held = select(
             cast(locks.c.classid, BigInteger)
             .op("<<")(literal_column("32"))
@@ -237,7 +232,7 @@ class RunsTable:
             locks.c.objsubid == 1,  # one key of 64 bits
             locks.c.mode == "ExclusiveLock",  # a mark shares it, and is no sign of life
             locks.c.granted,
-            locks.c.database == database.scalar_subquery(),
+            locks.c.database == this_database(),
         )
         return func.coalesce(self.lock_key.in_(held), false())
 

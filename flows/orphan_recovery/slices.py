@@ -15,7 +15,6 @@ from typing import Any, Final
 from sqlalchemy import (
     CTE,
     ColumnElement,
-    Double,
     Insert,
     Integer,
     Select,
@@ -31,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
-from orphan_recovery.database import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Executor, Span
+from orphan_recovery.database import Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, orphans, snapshot
 from orphan_recovery.ledger import verdicts
@@ -63,7 +62,9 @@ class Slice:
     """How long its statement took, and so at most how long it has kept rows locked so far."""
 
     taken: int
-    """Orphans that it locked; fewer than asked for: there are no more."""
+    """Orphans that it locked."""
+    is_last: bool
+    """Whether it found fewer than asked for: there are no more."""
     marked: int
     """Those of them that stand crashed by it."""
     last: Position | None
@@ -90,47 +91,38 @@ async def take_slice(
     db: Executor,
     request: SweepRequest,
     *,
-    lane: int,
     size: int,
     after: Position | None,
     among: Among | None,
     shown: bool,
-    pause: float = 0.0,
 ) -> Slice:
     """Mark the next orphans, in the order in which they were created. Does not commit.
 
-    Waits for its lane: of each there is one for the table, in all sweeps of it together, so that
-    many workers which start at once are no heavier than one.
-
     Args:
-        db: a transaction of the caller's, READ COMMITTED. For its rest, its planner is told to
-            take rows one by one, since a slice is a small part of any table that needs slices;
-            and its commit does not wait for the disk, since the one that closes the sweep does.
+        db: a transaction of the caller's, READ COMMITTED, and in a lane. For its rest, its
+            planner is told to take rows one by one, since a slice is a small part of any table
+            that needs slices; and its commit does not wait for the disk, since the one that
+            closes the sweep does.
         request: the sweep; it must be in the ledger.
-        lane: the number of its lane.
         size: at most so many.
         after: go on behind this one.
         among: only runs for which this holds.
         shown: return the verdicts too, and not their number alone.
-        pause: seconds to keep the lane idle before, so that nobody else goes on meanwhile.
 
     Raises:
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.
     """
     table = await runs_table(db, request.target)
-    relation = table.relation
-    name = f"orphan_recovery lane {lane} of {relation.schema}.{relation.name}"
-    settings = {"lane": name, "lock": str(LOCK_TIMEOUT_MS), "pause": pause}
-    await db.execute(_SETTINGS, settings)
+    await db.execute(_SETTINGS)
     began = time.monotonic()
     statement = _slice(table, request, among, shown=shown, further=after is not None)
     rows = list((await db.execute(statement, _place(size, after))).mappings())
     took = time.monotonic() - began
     if shown:
-        return _shown(request, [dict(row) for row in rows], took)
+        return _shown(request, size, [dict(row) for row in rows], took)
     [row] = rows
     last = Position(row["created_at"].astimezone(UTC), row["run_id"]) if row["taken"] else None
-    return Slice(took, row["taken"], row["marked"], last)
+    return Slice(took, row["taken"], row["taken"] < size, row["marked"], last)
 
 
 async def look_at_slice(
@@ -152,11 +144,6 @@ _SETTINGS: Final = select(
     # The log is flushed once, by the commit that closes the sweep. A server that crashes before
     # forgets marks and verdicts alike, and what it forgot is detected again.
     func.set_config("synchronous_commit", "off", True),
-    # For its lane it may have to wait longer than for a row that somebody holds.
-    func.set_config("lock_timeout", str(STATEMENT_TIMEOUT_MS), True),
-    func.pg_advisory_xact_lock(func.hashtextextended(bindparam("lane", type_=Text()), 0)),
-    func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
-    func.pg_sleep(bindparam("pause", type_=Double())),
 )
 
 
@@ -281,7 +268,7 @@ def _condemn(locked: CTE, table: RunsTable, request: SweepRequest) -> tuple[CTE,
     return condemn(table, request, judged)
 
 
-def _shown(request: SweepRequest, rows: list[dict[str, Any]], seconds: float) -> Slice:
+def _shown(request: SweepRequest, size: int, rows: list[dict[str, Any]], seconds: float) -> Slice:
     runs, given = [], []
     for row in rows:
         judged_at, silence = row.pop("judged_at"), row.pop("judged_silence")
@@ -293,7 +280,7 @@ def _shown(request: SweepRequest, rows: list[dict[str, Any]], seconds: float) ->
             verdict = Verdict(run=run, outcome=Outcome.MARKED, judged_at=judged_at, silence=silence)
             given.append(verdict)
     last = position_of(runs[-1]) if runs else None
-    return Slice(seconds, len(runs), len(given), last, given, runs)
+    return Slice(seconds, len(runs), len(runs) < size, len(given), last, given, runs)
 
 
 def position_of(run: WorkerRun) -> Position:

@@ -224,7 +224,8 @@ class Target(_Described):
     """Above this share of contested verdicts every sweep warns."""
     orphans_per_second: Annotated[int | None, BeforeValidator(_number), Field(ge=1)] = None
     """At most so many are marked a second, where they have no task run each: by slices in all
-    sweeps of the table together, page by page in each; None: as many as the server can."""
+    sweeps of the table together, page by page in each; None: as many as the server can, and
+    few while others write to it."""
     release: Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_listed)] = ()
     """Columns that the mark sets to NULL, where what they hold keeps a slot taken."""
     rules: Annotated[tuple[Rule, ...], NoDecode, BeforeValidator(_listed)] = ()
