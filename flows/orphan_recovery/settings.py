@@ -5,6 +5,8 @@ flight an orphan. So a value that is not understood is refused by the name of it
 the way out, and nothing is guessed.
 """
 
+import os
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
@@ -55,8 +57,14 @@ class Settings(BaseSettings):
     """Where the targets are described; see :mod:`orphan_recovery.targets`."""
 
 
+def own_environment() -> tuple[tuple[str, str], ...]:
+    """The variables that may be about recovery: while they stay the same, so does what they say."""
+    ours = ("ORPHAN_", *DATABASE_VARIABLES)
+    return tuple(pair for pair in os.environ.items() if pair[0].upper().startswith(ours))
+
+
 def load_settings() -> Settings:
-    """Read the environment anew.
+    """What the environment says now.
 
     Returns:
         The checked settings.
@@ -65,6 +73,11 @@ def load_settings() -> Settings:
         ConfigurationError: a variable holds a value that cannot be used. The message names the
             variable, the value (never that of a database address) and what would be accepted.
     """
+    return _settings(own_environment())
+
+
+@lru_cache(maxsize=1)
+def _settings(_environment: tuple[tuple[str, str], ...]) -> Settings:
     try:
         return Settings()
     except ValidationError as error:

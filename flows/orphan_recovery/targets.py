@@ -14,6 +14,7 @@ import os
 import re
 import tomllib
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -40,6 +41,7 @@ from orphan_recovery.settings import (
     TARGET_VARIABLE,
     ConfigurationError,
     load_settings,
+    own_environment,
 )
 
 CONFIG_FILE: Final = "orphan-recovery.toml"
@@ -342,13 +344,22 @@ class _Targets(BaseSettings):
 
 
 def load_targets() -> dict[str, Target]:
-    """All targets, by name, in the order of the file. Reads the file and the environment anew.
+    """All targets, by name, in the order of the file, as it and the environment are now.
 
     Raises:
         ConfigurationError: the file cannot be read, or something in it cannot be used. Names the
             file or variable, the key, the value and the way out. All that is wrong at once.
     """
-    path, data = _read_file()
+    return dict(_targets(*_read_file(), own_environment()))
+
+
+@lru_cache(maxsize=1)
+def _targets(path: Path, text: str, _environment: tuple[tuple[str, str], ...]) -> dict[str, Target]:
+    """To read them takes a millisecond; a sweep that finds nothing takes few."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from None
     try:
         targets = _Targets(**data).targets
     except ValidationError as error:
@@ -477,19 +488,19 @@ def _config_path() -> Path | None:
     return path if path.exists() else None
 
 
-def _read_file() -> tuple[Path, dict[str, Any]]:
+def _read_file() -> tuple[Path, str]:
     path = _config_path()
     if path is None:
-        return Path(CONFIG_FILE), {}
+        return Path(CONFIG_FILE), ""
     try:
-        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+        return path, path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(
             f"{CONFIG_VARIABLE} names {str(path)!r}, which cannot be read ({error.strerror}): "
             "name the file that describes the targets, or unset it; for `init` to write to it, "
             "make an empty one first"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
 
 
