@@ -81,22 +81,26 @@ def gave_way(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 
 
 async def test_a_sweep_gives_way_to_others(
-    db: Database, others: Others, caplog: pytest.LogCaptureFixture
+    db: Database,
+    others: Others,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    orphans = db.add_orphans(60)
+    monkeypatch.setattr(lane, "BUSY", 10.0)
+    orphans = db.add_orphans(100)
     others.start()
     async with asyncio.timeout(60):  # and as soon as the one lane is through, so is the other
-        assert (await sweep()).recovered == 60
-    taken = slices(db)
+        assert (await sweep()).recovered == 100
     # What others write is seen between two slices: the first are as large as ever.
-    assert {marked for _, marked in taken[4:]} == {2}
-    small = [after for after, marked in taken if marked == 2]
-    gaps = [later - before for before, later in pairwise(small)]
+    small = [after for after, marked in slices(db) if marked == 2]
+    assert len(small) >= 20
+    # Nor was the other lane kept out yet, if it was being entered just then.
+    gaps = [later - before for before, later in pairwise(small[2:])]
     assert min(gaps) >= timedelta(seconds=0.1), "and in one lane"
     [event] = gave_way(caplog)
     assert event.__dict__["target"] == "default"
-    assert int(event.__dict__["writes_per_second"]) > 50
+    assert event.__dict__["writes_per_second"] > 10
     assert db.outcomes() == dict.fromkeys(orphans, "marked")
 
 
@@ -118,13 +122,15 @@ async def test_it_does_so_for_a_while_and_no_longer(
     db: Database, others: Others, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever waits for it cannot wait for ever."""
+    monkeypatch.setattr(lane, "BUSY", 10.0)
     monkeypatch.setattr(lane, "MOST_SECONDS", 0.35)
+    monkeypatch.setattr(judge, "LANES", 1)
     db.add_orphans(100)
     others.start()
     assert (await sweep()).recovered == 100
     sizes = [marked for _, marked in slices(db)]
-    assert 2 <= sizes.count(2) <= 5
-    assert sizes[-3:].count(10) >= 2, "then it is at full speed again"
+    assert 1 <= sizes.count(2) <= 6
+    assert sizes.count(10) >= 8, "then it is at full speed again"
 
 
 async def test_a_pace_that_is_set_is_kept_whatever_others_do(

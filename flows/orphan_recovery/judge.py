@@ -35,13 +35,7 @@ from orphan_recovery.policy import is_outage, retrying
 from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
-from orphan_recovery.slices import (
-    Slice,
-    is_sliceable,
-    look_at_slice,
-    position_of,
-    take_slice,
-)
+from orphan_recovery.slices import Slice, is_sliceable, look_at_slice, position_of, take_slice
 from orphan_recovery.sweep import log_detected
 from orphan_recovery.verdict import Outcome, Verdict
 
@@ -205,21 +199,21 @@ async def _in_lane(
 ) -> Slice:
     """Take the next slice in its lane, of a size and after a pause that suit."""
     next_transaction = await enter(db, request.target, lane.number)
-    size, pause, pace = lane.size, 0.0, request.target.orphans_per_second
-    if request.target.lock is not None:  # each takes a place among the server's locks
-        size = min(size, PAGE)
     if lane.number == 0:
         progress.traffic.count(next_transaction)
+    size, shown, pause = lane.size, progress.show > 0, 0.0
+    if shown:
+        size = min(size, progress.show)
+    if request.target.lock is not None:  # each takes a place among the server's locks
+        size = min(size, PAGE)
+    pace = request.target.orphans_per_second
     if pace is not None:
         size = min(size, math.ceil(pace / PACED))
+        pause = size / pace - lane.took
     elif progress.traffic.gives_way:
         _tell_that_it_gives_way(request, progress.traffic)
         size = min(size, SMALL_SLICE)
         pause = min(lane.took * (1 / SHARE - 1), LONGEST_PAUSE_SECONDS)
-    shown = progress.show > 0
-    size = min(size, progress.show) if shown else size
-    if pace is not None:
-        pause = size / pace - lane.took
     await asyncio.sleep(pause)  # within the lane, so that nobody else goes on meanwhile
     return await take_slice(db, request, size=size, after=lane.after, among=among, shown=shown)
 
@@ -229,8 +223,8 @@ def _tell_that_it_gives_way(request: SweepRequest, traffic: Traffic) -> None:
     if traffic.since is None:
         traffic.since = time.monotonic()
         fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
-        fields["writes_per_second"] = str(round(traffic.others))
-        logger.info("sweep_gives_way", extra=fields)
+        writes = round(traffic.others)
+        logger.info("sweep_gives_way", extra={**fields, "writes_per_second": writes})
 
 
 async def _judge_page_of(
