@@ -198,17 +198,17 @@ async def test_a_dry_run_lists_the_orphans_and_writes_nothing(db: Database, api:
 @pytest.mark.parametrize(
     ("scope", "within"),
     [
-        ({"tenant": "t1"}, {"a", "b", "c"}),
-        ({"worker": "w1"}, {"a", "b", "d"}),
-        ({"tenant": "t1", "worker": "w1"}, {"a", "b"}),
-        ({"limit": 2}, {"a", "b"}),
-        ({"tenant": "t1", "worker": "w1", "limit": 1}, {"a"}),
-        ({"threshold_minutes": 150}, {"a", "b", "c"}),
+        ({"tenant": "t1"}, "abc"),
+        ({"worker": "w1"}, "abd"),
+        ({"tenant": "t1", "worker": "w1"}, "ab"),
+        ({"limit": 2}, "ab"),
+        ({"tenant": "t1", "worker": "w1", "limit": 1}, "a"),
+        ({"threshold_minutes": 150}, "abc"),
     ],
     ids=str,
 )
 async def test_the_scope_narrows_what_is_judged(
-    db: Database, api: Api, scope: dict[str, Any], within: set[str]
+    db: Database, api: Api, scope: dict[str, Any], within: str
 ) -> None:
     db.add_run("a", tenant="t1", worker="w1", age="5 hours")
     db.add_run("b", tenant="t1", worker="w1", age="4 hours")
@@ -216,7 +216,7 @@ async def test_the_scope_narrows_what_is_judged(
     db.add_run("d", tenant="t2", worker="w1", age="2 hours")
     state = await sweep(api, **scope)
     assert state.is_completed()
-    assert {run for run, status in db.statuses().items() if status == "crashed"} == within
+    assert {run for run, status in db.statuses().items() if status == "crashed"} == set(within)
     asked = {name: value for name, value in scope.items() if name != "threshold_minutes"}
     assert db.sweeps()[0]["scope"] == asked
 

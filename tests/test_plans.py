@@ -5,6 +5,7 @@ that is in flight.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from orphan_recovery import judge
+from orphan_recovery import judge, lane
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from support import Database
@@ -115,6 +116,7 @@ async def test_the_slice_goes_along_the_index(
     monkeypatch.setattr(judge, "Progress", partial(judge.Progress, size=500, show=0))
     monkeypatch.setattr(judge, "SHORT", 0.0)
     monkeypatch.setattr(judge, "LANES", 1)
+    monkeypatch.setattr(lane, "BUSY", math.inf)  # of which each EXPLAIN, in its savepoint, is one
     large.do(
         "UPDATE worker_runs SET created_at = created_at - n * interval '1 second' FROM"
         " (SELECT id, 3600 + row_number() OVER (ORDER BY id) AS n FROM worker_runs) AS numbered"
