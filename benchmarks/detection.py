@@ -10,7 +10,8 @@ takes longer than to look.
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from statistics import median
 from typing import Final
 from unittest.mock import patch
@@ -24,6 +25,10 @@ from benchmarks.results import Goal, Measured, Point, Result, Side, Size
 from benchmarks.sides import THRESHOLD_MINUTES
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.detect import detect_orphaned_runs
+
+Look = Callable[[], Awaitable[int]]
+
+_NOT_PARALLEL: Final = {"PGOPTIONS": "-c max_parallel_workers_per_gather=0"}
 
 BARE: Final = """
 SELECT id, status, worker_id, tenant_id, task, parent_run_id, attempt, is_retry, created_at,
@@ -44,8 +49,8 @@ def detection(server: Server, size: Size) -> Measured:
     """Few orphans among many rows, against the bare query; and what the cost follows."""
     measured = Measured()
     by_rows, by_flight = list[Point](), list[Point]()
-    for rows in size.tables:
-        fleet = Fleet(rows, size.found, live=size.in_flight - size.found)
+    fleets = {n: Fleet(n, size.found, live=size.in_flight - size.found) for n in size.tables}
+    for rows, fleet in fleets.items():
         ours, bare = _look_at(server, fleet, size)
         by_rows.append({"rows": rows, "detection": median(ours), "bare query": median(bare)})
         if rows in (size.tables[0], size.tables[-1]):
@@ -58,18 +63,23 @@ def detection(server: Server, size: Size) -> Measured:
                     notes=[f"{size.found:,} orphans, {size.in_flight:,} in flight"],
                 )
             )
-    few, many = by_rows[-2:]
+    *_, few, many = size.tables
+    in_few, in_many = _look_at_both(server, (fleets[few], fleets[many]), size)
     measured.results.append(
         Result(
-            f"detection among {size.tables[-1]:,} rows against {size.tables[-2]:,}",
-            [many["detection"] / few["detection"]],
+            f"detection among {many:,} rows against {few:,}",
+            [larger / smaller for smaller, larger in zip(in_few, in_many, strict=True)],
             Goal(1.5),
+            sides=[Side(f"{many:,}", in_many, "ms"), Side(f"{few:,}", in_few, "ms")],
             notes=["as many in flight: the cost follows them, not the table"],
         )
     )
+    for fleet in fleets.values():
+        server.forget(fleet)
     for in_flight in size.in_flights:
         fleet = Fleet(size.tables[1], size.found, live=max(in_flight - size.found, 0))
         ours, bare = _look_at(server, fleet, size)
+        server.forget(fleet)
         point = {"in flight": in_flight, "detection": median(ours), "bare query": median(bare)}
         by_flight.append(point)
     measured.series = {"detection by rows": by_rows, "detection by in flight": by_flight}
@@ -102,47 +112,64 @@ def idle(server: Server, size: Size) -> Measured:
 def _look_at(server: Server, fleet: Fleet, size: Size) -> tuple[list[float], list[float]]:
     """Milliseconds of detection and of the bare query, a median a round."""
     url = server.address(server.template(fleet))
-    environment = {
-        "ORPHAN_RECOVERY_DATABASE_URL": url,
-        "PGOPTIONS": "-c max_parallel_workers_per_gather=0",
-    }
-    try:
-        with patch.dict(os.environ, environment):
-            return asyncio.run(_look(url, fleet, size))
-    finally:
-        server.forget(fleet)
 
-
-async def _look(url: str, fleet: Fleet, size: Size) -> tuple[list[float], list[float]]:
-    engine = make_engine(database_url(url))
-    ours, bare = list[float](), list[float]()
-    threshold = {"threshold": f"{THRESHOLD_MINUTES} minutes"}
-    try:
+    async def looks() -> tuple[list[float], list[float]]:
         async with (
-            AsyncSession(engine) as session,
+            _detection(url) as detect,
             await psycopg.AsyncConnection.connect(url, prepare_threshold=None) as plain,
         ):
+
+            async def query() -> int:
+                rows = await plain.execute(BARE, {"threshold": f"{THRESHOLD_MINUTES} minutes"})
+                return len(await rows.fetchall())
+
+            assert await detect() == await query() == fleet.orphans
+            return await _in_turn(detect, query, size)
+
+    with patch.dict(os.environ, _NOT_PARALLEL):
+        return asyncio.run(looks())
+
+
+def _look_at_both(
+    server: Server, fleets: tuple[Fleet, Fleet], size: Size
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of detection in two tables, a median a round."""
+    one, other = (server.address(server.template(fleet)) for fleet in fleets)
+
+    async def looks() -> tuple[list[float], list[float]]:
+        async with _detection(one) as in_one, _detection(other) as in_other:
+            await in_one()
+            await in_other()
+            return await _in_turn(in_one, in_other, size)
+
+    with patch.dict(os.environ, _NOT_PARALLEL):
+        return asyncio.run(looks())
+
+
+@asynccontextmanager
+async def _detection(url: str) -> AsyncIterator[Look]:
+    """What a caller of the product does; it returns how many orphans there are."""
+    engine = make_engine(database_url(url))
+    try:
+        async with AsyncSession(engine) as session:
 
             async def detect() -> int:
                 return len(await detect_orphaned_runs(session, THRESHOLD_MINUTES))
 
-            async def query() -> int:
-                return len(await (await plain.execute(BARE, threshold)).fetchall())
-
-            assert await detect() == await query() == fleet.orphans
-            for _ in range(size.rounds):
-                first, second = list[float](), list[float]()
-                for _ in range(size.looks):
-                    first.append(await _milliseconds(detect))
-                    second.append(await _milliseconds(query))
-                ours.append(median(first))
-                bare.append(median(second))
+            yield detect
     finally:
         await engine.dispose()
-    return ours, bare
 
 
-async def _milliseconds(look: Callable[[], Awaitable[int]]) -> float:
-    began = time.perf_counter()
-    await look()
-    return (time.perf_counter() - began) * 1000
+async def _in_turn(one: Look, other: Look, size: Size) -> tuple[list[float], list[float]]:
+    medians = list[float](), list[float]()
+    for _ in range(size.rounds):
+        took = list[float](), list[float]()
+        for _ in range(size.looks):
+            for look, milliseconds in zip((one, other), took, strict=True):
+                began = time.perf_counter()
+                await look()
+                milliseconds.append((time.perf_counter() - began) * 1000)
+        for of_side, milliseconds in zip(medians, took, strict=True):
+            of_side.append(median(milliseconds))
+    return medians

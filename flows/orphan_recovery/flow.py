@@ -7,9 +7,10 @@ one orphan could not be marked.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -62,6 +63,7 @@ from orphan_recovery.sweep import (
     look_again_at,
 )
 from orphan_recovery.targets import DEFAULT_TARGET, find_target, load_targets
+from orphan_recovery.turn import in_turn
 from orphan_recovery.verdict import Outcome, Verdict
 
 FLOW_NAME = "recover-orphaned-runs"
@@ -97,13 +99,19 @@ class DatabaseError(RuntimeError):
     """A database error in one line, for people who read it in the UI; its cause is the error."""
 
 
-@asynccontextmanager
-async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+@contextmanager
+def _errors_in_a_line() -> Iterator[None]:
     try:
-        async with transaction(engine) as connection:
-            yield connection
+        yield
     except DBAPIError as error:  # its own text is the whole statement
         raise DatabaseError(describe(error)) from error
+
+
+@asynccontextmanager
+async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    with _errors_in_a_line():
+        async with transaction(engine) as connection:
+            yield connection
 
 
 class SweepFailed(RuntimeError):  # noqa: N818 - named for what an operator reads
@@ -117,15 +125,15 @@ class SweepFailed(RuntimeError):  # noqa: N818 - named for what an operator read
 @task(name="open-sweep", task_run_name="open-sweep", **_RETRIED)
 async def open_sweep(engine: AsyncEngine, request: SweepRequest) -> Look:
     """Record that the sweep begins, and look at all that is in flight."""
-    async with _transaction(engine) as connection:
-        return await begin(connection, request)
+    with _errors_in_a_line():
+        return await in_turn(engine, request, partial(begin, request=request))
 
 
 @task(name="look-again", task_run_name="look-again", **_RETRIED)
 async def look_again(engine: AsyncEngine, request: SweepRequest, look: Look) -> Look:
     """Look a second time, after whoever lives has had the time to beat."""
-    async with _transaction(engine) as connection:
-        return await look_again_at(connection, request, look)
+    with _errors_in_a_line():
+        return await in_turn(engine, request, partial(look_again_at, request=request, before=look))
 
 
 @task(name="decide", task_run_name="decide", **_RETRIED)
@@ -146,10 +154,8 @@ async def detect(engine: AsyncEngine, request: SweepRequest, decision: Decision)
 async def mark(marks: SharedMarks, run_id: str) -> State[Any]:
     """Give the verdict on one orphan; its task run's state tells it, and so does its log."""
     run = marks.runs[run_id]
-    try:
+    with _errors_in_a_line():
         verdict = await marks.mark(run)
-    except DBAPIError as error:
-        raise DatabaseError(describe(error)) from error
     log_verdict(verdict, marks.request)
     message = (
         f"{run.id}: {verdict.outcome.value}; silent for {run.silence} by its {run.evidence.value} "
@@ -163,10 +169,8 @@ async def mark_slices(
     engine: AsyncEngine, request: SweepRequest, decision: Decision, progress: Progress
 ) -> Progress:
     """Mark so many orphans as a few seconds allow, slice by slice, each in its own transaction."""
-    try:
+    with _errors_in_a_line():
         await judge_slices(engine, request, progress, decision.among, seconds=STRETCH_SECONDS)
-    except DBAPIError as error:
-        raise DatabaseError(describe(error)) from error
     get_run_logger().info("%d orphans judged", progress.detected)
     return progress
 
@@ -176,10 +180,8 @@ async def mark_rest(
     engine: AsyncEngine, report: SweepReport, decision: Decision, tried: set[str]
 ) -> list[Verdict]:
     """Mark, page by page, what the slices passed over; returns what failed."""
-    try:
+    with _errors_in_a_line():
         return await judge_pages(engine, report, decision.among, tried)
-    except DBAPIError as error:
-        raise DatabaseError(describe(error)) from error
 
 
 @task(name="summarise", task_run_name="summarise", **_RETRIED)

@@ -35,7 +35,14 @@ from orphan_recovery.policy import is_outage, retrying
 from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
-from orphan_recovery.slices import Slice, is_sliceable, look_at_slice, position_of, take_slice
+from orphan_recovery.slices import (
+    Slice,
+    Stretch,
+    is_sliceable,
+    look_at_slice,
+    position_of,
+    take_slice,
+)
 from orphan_recovery.sweep import log_detected
 from orphan_recovery.verdict import Outcome, Verdict
 
@@ -78,6 +85,12 @@ class Progress:
     @property
     def is_through(self) -> bool:
         return all(lane.is_through for lane in self.lanes)
+
+    def left_for(self, lane: Lane) -> Stretch:
+        """What lies between the lanes, from this one's end."""
+        first, *others = self.lanes
+        before = others[0].after if others else None
+        return Stretch(first.after, before, backwards=lane is not first)
 
     def hand_over_to(self, report: SweepReport) -> None:
         """Tell the report, and begin to count anew."""
@@ -143,7 +156,7 @@ async def judge_slices(
     await along(first, only_shown=True)
     paced = request.target.orphans_per_second is not None
     if not others and not first.is_through and progress.show <= 0 and not paced:
-        progress.lanes += [Lane(first.size, first.after, n) for n in range(1, LANES)]
+        progress.lanes += [Lane(first.size, number=n) for n in range(1, LANES)]
     ends = await asyncio.gather(*map(along, progress.lanes), return_exceptions=True)
     for end in ends:
         if end is not None:
@@ -158,16 +171,15 @@ async def _judge_slice(
     among: Among | None,
 ) -> None:
     """Mark the next slice, or, if it cannot be marked as one, its first page row by row."""
-    shown = progress.show > 0
+    shown, left = progress.show > 0, progress.left_for(lane)
+    take = partial(_in_lane, request=request, progress=progress, lane=lane, left=left, among=among)
     try:
-        part = await in_transaction(
-            engine, partial(_in_lane, request=request, progress=progress, lane=lane, among=among)
-        )
+        part = await in_transaction(engine, take)
     except Exception as error:
         if is_outage(error):
             raise
         async with progress.careful:
-            await _judge_page_of(engine, request, progress, lane, among, error)
+            await _judge_page_of(engine, request, progress, lane, left, among, error)
         return
     progress.traffic.own += 1
     lane.is_through = part.is_last
@@ -195,6 +207,7 @@ async def _in_lane(
     request: SweepRequest,
     progress: Progress,
     lane: Lane,
+    left: Stretch,
     among: Among | None,
 ) -> Slice:
     """Take the next slice in its lane, of a size and after a pause that suit."""
@@ -215,7 +228,7 @@ async def _in_lane(
         size = min(size, SMALL_SLICE)
         pause = min(lane.took * (1 / SHARE - 1), LONGEST_PAUSE_SECONDS)
     await asyncio.sleep(pause)  # within the lane, so that nobody else goes on meanwhile
-    return await take_slice(db, request, size=size, after=lane.after, among=among, shown=shown)
+    return await take_slice(db, request, size=size, stretch=left, among=among, shown=shown)
 
 
 def _tell_that_it_gives_way(request: SweepRequest, traffic: Traffic) -> None:
@@ -232,10 +245,11 @@ async def _judge_page_of(
     request: SweepRequest,
     progress: Progress,
     lane: Lane,
+    left: Stretch,
     among: Among | None,
     error: Exception,
 ) -> None:
-    look = partial(look_at_slice, request=request, size=PAGE, after=lane.after, among=among)
+    look = partial(look_at_slice, request=request, size=PAGE, stretch=left, among=among)
     page = await in_transaction(engine, look)
     if not page:  # then it was none of the rows
         raise error

@@ -18,7 +18,8 @@ from orphan_recovery.targets import Target
 
 LANES: Final = 2
 """Slices at once, in all sweeps of a table together: while one waits, for the disk or for its
-process, the other gets on. They pass over each other's rows."""
+process, the other gets on. One goes from each end, so that neither has to pass over the other's
+rows."""
 PACED: Final = 20
 """Slices a second where the target has a pace."""
 
@@ -40,7 +41,8 @@ ASK_AGAIN_SECONDS: Final = 0.1
 
 @dataclass(slots=True)
 class Lane:
-    """One row of slices of a sweep, each behind the one before."""
+    """One row of slices of a sweep, each behind the one before: from the oldest on, or, in the
+    second lane, from the youngest back."""
 
     size: int
     """Of its next slice, at full speed."""
@@ -95,11 +97,42 @@ async def enter(db: Executor, target: Target, lane: int) -> int:
         sqlalchemy.exc.DBAPIError: any database error; the lane was not to be had for as long as a
             statement may take.
     """
-    relation = (await runs_table(db, target)).relation
-    name = f"orphan_recovery lane {lane} of {relation.schema}.{relation.name}"
     settings = {"longer": str(STATEMENT_TIMEOUT_MS), "lock": str(LOCK_TIMEOUT_MS)}
-    await db.execute(_ENTER, {"lane": name, **settings})
+    await db.execute(_ENTER, {"lane": await _name(db, target, lane), **settings})
     return int((await db.execute(_NEXT_TRANSACTION)).scalar_one())
+
+
+async def enter_all(db: Executor, target: Target) -> bool:
+    """Take every lane of a table, if none is taken. Does not wait, and does not commit.
+
+    Args:
+        db: a transaction of the caller's. It keeps what it took until it ends, also where it
+            could not take all.
+        target: whose table.
+
+    Returns:
+        Whether it has them all.
+    """
+    return all((await db.execute(_TAKE, await _names(db, target))).one())
+
+
+async def are_free(db: Executor, target: Target) -> bool:
+    """Whether nobody is in a lane of a table. Does not wait, and does not commit.
+
+    Args:
+        db: without a transaction. In one, nobody could enter a lane until it ends.
+        target: whose table.
+    """
+    return all((await db.execute(_ASK, await _names(db, target))).one())
+
+
+async def _names(db: Executor, target: Target) -> dict[str, str]:
+    return {f"lane_{n}": await _name(db, target, n) for n in range(LANES)}
+
+
+async def _name(db: Executor, target: Target, lane: int) -> str:
+    relation = (await runs_table(db, target)).relation
+    return f"orphan_recovery lane {lane} of {relation.schema}.{relation.name}"
 
 
 _ENTER: Final = select(
@@ -108,6 +141,12 @@ _ENTER: Final = select(
     func.pg_advisory_xact_lock(func.hashtextextended(bindparam("lane", type_=Text()), 0)),
     func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
 )
+
+_KEYS: Final = [
+    func.hashtextextended(bindparam(f"lane_{n}", type_=Text()), 0) for n in range(LANES)
+]
+_TAKE: Final = select(*map(func.pg_try_advisory_xact_lock, _KEYS))
+_ASK: Final = select(*map(func.pg_try_advisory_xact_lock_shared, _KEYS))
 
 # As it stands when the lane is entered, and so by a statement of its own.
 _NEXT_TRANSACTION: Final = select(

@@ -5,15 +5,18 @@ be used nothing is raised, and the report says what happened.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.detect import look_at_fleet
 from orphan_recovery.doubt import Doubt
 from orphan_recovery.judge import in_transaction, judge_all
+from orphan_recovery.policy import retrying
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.settings import (
@@ -33,6 +36,7 @@ from orphan_recovery.sweep import (
     whoami,
 )
 from orphan_recovery.targets import find_target
+from orphan_recovery.turn import in_turn
 
 MAX_SETTLE_SECONDS: Final = 86_400
 
@@ -42,7 +46,8 @@ async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[st
 
     Of the target that is meant by default (see :func:`recover_target` for another). Opens its own
     connections, commits in batches of a fraction of a second each, and may be called by any
-    number of workers at once.
+    number of workers at once: who comes while another sweep of the table is at work waits for it,
+    for ten seconds at most.
 
     Args:
         threshold_minutes: the silence that makes an orphan, in whole minutes, at least 1; None
@@ -177,7 +182,7 @@ async def _report_on(request: SweepRequest) -> dict[str, Any]:
 async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport) -> None:
     failed = []
     try:
-        look = await in_transaction(engine, lambda db: begin(db, request))
+        look = await _in_turn(engine, request, partial(begin, request=request))
         report.looked(look.fleet, marked=look.now.marked, contested=look.now.contested)
         if look.is_idle:  # and closed already
             return
@@ -200,6 +205,15 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
         report.error = report.error or describe(error)
 
 
+async def _in_turn(
+    engine: AsyncEngine, request: SweepRequest, look: Callable[[AsyncConnection], Awaitable[Look]]
+) -> Look:
+    async for attempt in retrying():
+        with attempt:
+            found = await in_turn(engine, request, look)
+    return found
+
+
 async def _look_again(
     engine: AsyncEngine, request: SweepRequest, report: SweepReport, look: Look, doubt: Doubt
 ) -> Look:
@@ -210,7 +224,8 @@ async def _look_again(
         return look
     report.looked_twice = str(doubt)
     await asyncio.sleep(doubt.wait.total_seconds())
-    again = await in_transaction(engine, lambda db: look_again_at(db, request, look))
+    looking = partial(look_again_at, request=request, before=look)
+    again = await _in_turn(engine, request, looking)
     if again.doubt is None:
         return again
     return await _look_again(engine, request, report, again, again.doubt)

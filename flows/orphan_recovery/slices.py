@@ -55,6 +55,29 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """What is left of the index, in that order, and from which of its ends it is taken."""
+
+    behind: Position | None = None
+    before: Position | None = None
+    backwards: bool = False
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What a slice's statement takes."""
+        ends = {"behind": self.behind, "before": self.before}
+        there = {name: end for name, end in ends.items() if end is not None}
+        runs = {f"{name}_run": end.run_id for name, end in there.items()}
+        return {**{name: end.created_at for name, end in there.items()}, **runs}
+
+    @property
+    def shape(self) -> "Stretch":
+        """The same for all stretches that one statement serves, whatever their ends."""
+        anywhere = Position(_EARLIEST, "")
+        return Stretch(self.behind and anywhere, self.before and anywhere, self.backwards)
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """What one slice did."""
 
@@ -92,11 +115,12 @@ async def take_slice(
     request: SweepRequest,
     *,
     size: int,
-    after: Position | None,
+    stretch: Stretch,
     among: Among | None,
     shown: bool,
 ) -> Slice:
-    """Mark the next orphans, in the order in which they were created. Does not commit.
+    """Mark the next orphans of a stretch, in the order in which they were created or, from its
+    other end, against it. Does not commit.
 
     Args:
         db: a transaction of the caller's, READ COMMITTED, and in a lane. For its rest, its
@@ -105,7 +129,7 @@ async def take_slice(
             closes the sweep does.
         request: the sweep; it must be in the ledger.
         size: at most so many.
-        after: go on behind this one.
+        stretch: of which runs.
         among: only runs for which this holds.
         shown: return the verdicts too, and not their number alone.
 
@@ -115,8 +139,8 @@ async def take_slice(
     table = await runs_table(db, request.target)
     await db.execute(_SETTINGS)
     began = time.monotonic()
-    statement = _slice(table, request, among, shown=shown, further=after is not None)
-    rows = list((await db.execute(statement, _place(size, after))).mappings())
+    statement = _slice(table, request, among, stretch.shape, shown=shown)
+    rows = list((await db.execute(statement, {"size": size, **stretch.values})).mappings())
     took = time.monotonic() - began
     if shown:
         return _shown(request, size, [dict(row) for row in rows], took)
@@ -126,12 +150,12 @@ async def take_slice(
 
 
 async def look_at_slice(
-    db: Executor, request: SweepRequest, *, size: int, after: Position | None, among: Among | None
+    db: Executor, request: SweepRequest, *, size: int, stretch: Stretch, among: Among | None
 ) -> list[WorkerRun]:
     """The orphans that the next slice would take, as detection sees them. Reads only."""
     table = await runs_table(db, request.target)
-    statement = _candidates(table, request, among, shown=True, further=after is not None)
-    rows = (await db.execute(statement, _place(size, after))).mappings()
+    statement = _candidates(table, request, among, stretch, shown=True)
+    rows = (await db.execute(statement, {"size": size, **stretch.values})).mappings()
     names = orphans(table, request).selected_columns.keys()
     return [snapshot(request, {name: row[name] for name in names}) for row in rows]
 
@@ -147,24 +171,19 @@ _SETTINGS: Final = select(
 )
 
 
-def _place(size: int, after: Position | None) -> dict[str, Any]:
-    """The values that a slice's statement takes."""
-    further = {} if after is None else {"after": after.created_at, "after_run": after.run_id}
-    return {"size": size, **further}
-
-
 @lru_cache(maxsize=64)
 def _slice(
-    table: RunsTable, request: SweepRequest, among: Among | None, *, shown: bool, further: bool
+    table: RunsTable, request: SweepRequest, among: Among | None, stretch: Stretch, *, shown: bool
 ) -> Select[Any]:
     """Built once for each sweep, for a sweep may take thousands of them."""
-    locked = _candidates(table, request, among, shown=shown, further=further)
+    locked = _candidates(table, request, among, stretch, shown=shown)
     locked = locked.with_for_update(of=table.table, key_share=True, skip_locked=True)
-    return (_each if shown else _counted)(locked, table, request)
+    condemning = _each if shown else _counted
+    return condemning(locked, table, request, backwards=stretch.backwards)
 
 
 def _candidates(
-    table: RunsTable, request: SweepRequest, among: Among | None, *, shown: bool, further: bool
+    table: RunsTable, request: SweepRequest, among: Among | None, stretch: Stretch, *, shown: bool
 ) -> Select[Any]:
     """Detection's statement in the order of the index, with what the mark needs besides."""
     created = table.columns.created_at
@@ -185,7 +204,7 @@ def _candidates(
         )
         .where(created >= table.stored("created_at", literal(_EARLIEST, _AWARE)))
         .order_by(None)
-        .order_by(created, *table.key)
+        .order_by(*_along([created, *table.key], stretch.backwards))
         .limit(bindparam("size", type_=Integer()))
     )
     if table.facts["created_at"].is_nullable:  # else detection's own predicate has it
@@ -193,11 +212,21 @@ def _candidates(
         found = found.where(created <= latest)
     if among is not None:
         found = found.where(among(table))
-    if further:
-        where = table.stored("created_at", bindparam("after", type_=_AWARE))
-        last = (where, *table.key_of(bindparam("after_run", type_=Text())))
-        found = found.where(tuple_(created, *table.key) > tuple_(*last))
+    here = tuple_(created, *table.key)
+    if stretch.behind:
+        found = found.where(here > tuple_(*_end("behind", table)))
+    if stretch.before:
+        found = found.where(here < tuple_(*_end("before", table)))
     return found
+
+
+def _end(name: str, table: RunsTable) -> list[ColumnElement[Any]]:
+    where = table.stored("created_at", bindparam(name, type_=_AWARE))
+    return [where, *table.key_of(bindparam(f"{name}_run", type_=Text()))]
+
+
+def _along(columns: list[ColumnElement[Any]], backwards: bool) -> list[ColumnElement[Any]]:
+    return [column.desc() for column in columns] if backwards else columns
 
 
 def _rule(
@@ -219,28 +248,33 @@ def _by_number(number: ColumnElement[int], told: dict[int, str]) -> ColumnElemen
     return case(*((number == literal(n, Integer), text) for n, text in texts.items()))
 
 
-def _each(candidates: Select[Any], table: RunsTable, request: SweepRequest) -> Select[Any]:
+def _each(
+    candidates: Select[Any], table: RunsTable, request: SweepRequest, *, backwards: bool
+) -> Select[Any]:
     """One row for each orphan that was taken, with whether it was marked."""
     locked = candidates.cte("orphan_recovery_taken")
     _, recording = _condemn(locked, table, request)
-    recording = recording.returning(verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence)
-    done = recording.cte("orphan_recovery_recorded")
+    recorded = recording.returning(verdicts.c.run_id).cte("orphan_recovery_recorded")
+    # Looked up in a hash that no setting forbids, as a join's is here; and at the verdict's time,
+    # which is that of the statement.
+    is_marked = locked.c.id.in_(select(recorded.c.run_id))
     names = [column for column in locked.c if column.key[:4] != "key_"]
-    return (
-        select(*names, done.c.judged_at.label("judged_at"), done.c.silence.label("judged_silence"))
-        .select_from(locked.join(done, done.c.run_id == locked.c.id, isouter=True))
-        .order_by(locked.c.created_at, *(locked.c[f"key_{n}"] for n, _ in enumerate(table.key)))
-    )
+    return select(
+        *names,
+        case((is_marked, _NOW)).label("judged_at"),
+        case((is_marked, _NOW - locked.c.sign_of_life)).label("judged_silence"),
+    ).order_by(*_along(_order_of(locked, table), backwards))
 
 
-def _counted(candidates: Select[Any], table: RunsTable, request: SweepRequest) -> Select[Any]:
+def _counted(
+    candidates: Select[Any], table: RunsTable, request: SweepRequest, *, backwards: bool
+) -> Select[Any]:
     """One row in all: how many, how many of them were marked, and where it ended."""
     locked = candidates.cte("orphan_recovery_taken")
     marked, recording = _condemn(locked, table, request)
-    keys = [locked.c[f"key_{n}"] for n, _ in enumerate(table.key)]
     last = (
         select(locked.c.created_at, locked.c.id)
-        .order_by(locked.c.created_at.desc(), *(key.desc() for key in keys))
+        .order_by(*_along(_order_of(locked, table), not backwards))
         .limit(1)
         .subquery()
     )
@@ -254,6 +288,10 @@ def _counted(candidates: Select[Any], table: RunsTable, request: SweepRequest) -
         .select_from(counts.join(last, true(), isouter=True))
         .add_cte(recording.cte("orphan_recovery_recorded"))
     )
+
+
+def _order_of(locked: CTE, table: RunsTable) -> list[ColumnElement[Any]]:
+    return [locked.c.created_at, *(locked.c[f"key_{n}"] for n, _ in enumerate(table.key))]
 
 
 def _condemn(locked: CTE, table: RunsTable, request: SweepRequest) -> tuple[CTE, Insert]:
