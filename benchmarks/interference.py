@@ -1,8 +1,9 @@
 """Interference: how much longer workers wait for their own writes while a sweep marks many runs.
 
 The hazard is to blame a sweep for what any writer would do, or to hide it behind a mean. So the
-99th percentile is taken before and during, with the bare statement in the sweep's place as well:
-where all share few processors, that one hinders too.
+99th percentile is taken before, during and after, since a machine's own mood changes meanwhile;
+with the bare statement in the sweep's place as well: where all share few processors, that one
+hinders too.
 """
 
 import time
@@ -15,6 +16,7 @@ from benchmarks.processes import Process, run
 from benchmarks.rates import BARE, SWEEP
 from benchmarks.results import Goal, Measured, Result, Side, Size
 
+Span = tuple[float, float]
 WORKERS = 8
 LOOPS_A_SECOND = 25
 """Of each worker; a loop is four small transactions."""
@@ -93,27 +95,37 @@ def interference(server: Server, size: Size) -> Measured:
 def _under_load(
     url: str, side: tuple[str, ...], seconds: float, environment: dict[str, str]
 ) -> tuple[float, float, float, list[str]]:
-    """The 99th percentile in milliseconds before ``side`` and during it, how many seconds that
-    took, and what went wrong."""
+    """The 99th percentile in milliseconds before and after ``side`` and during it, how many
+    seconds that took, and what went wrong."""
     load = Process(url, "benchmarks.load", WORKERS, LOOPS_A_SECOND)
     load.go()
     time.sleep(min(1.0, seconds))  # first statements of a connection are slow
-    alone_since = time.monotonic()
-    time.sleep(seconds)
-    alone_until = time.monotonic()
+    before = _sleep(seconds)
     ran = run(url, *side, **environment)
+    time.sleep(min(1.0, seconds))  # its last log is being written
+    after = _sleep(seconds)
     load.go()  # and it ends
     told: dict[str, Any] = load.answer()
     p99 = _p99_of(told["loops"])
-    alone = p99(alone_since, alone_until)
-    during = p99(ran.began, ran.began + max(ran.seconds, 0.5))
+    alone = p99(before, after)
+    during = p99((ran.began, ran.began + max(ran.seconds, 0.5)))
     return alone, during, ran.seconds, told["errors"]
 
 
-def _p99_of(loops: list[tuple[float, float]]) -> Callable[[float, float], float]:
-    def p99(since: float, until: float) -> float:
+def _sleep(seconds: float) -> Span:
+    began = time.monotonic()
+    time.sleep(seconds)
+    return began, time.monotonic()
+
+
+def _p99_of(loops: list[tuple[float, float]]) -> Callable[..., float]:
+    def p99(*spans: Span) -> float:
         """Of the loops that were due or under way then, by the clock that all processes share."""
-        took = [took_s * 1000 for due, took_s in loops if due < until and due + took_s > since]
+        took = [
+            took_s * 1000
+            for due, took_s in loops
+            if any(due < until and due + took_s > since for since, until in spans)
+        ]
         assert len(took) > 1, "no worker did anything"
         return quantiles(took, n=100, method="inclusive")[98]
 

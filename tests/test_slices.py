@@ -22,6 +22,8 @@ from orphan_recovery.policy import RetryPlan, is_transient, retrying
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.slices import Position, Stretch, take_slice
+from orphan_recovery.sweep import begin
 from orphan_recovery.targets import find_target
 from support import Database, until
 from tables_support import configure
@@ -137,6 +139,29 @@ async def test_a_run_that_beats_after_the_statement_began_is_left_alone(
     assert (report.error, report.recovered) == (None, 2)
     assert db.statuses() == {first: "crashed", second: "running", third: "crashed"}
     assert second not in db.outcomes()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("backwards", [True, False])
+async def test_a_stretch_is_taken_from_either_end(
+    db: Database, engine: AsyncEngine, backwards: bool, shown: bool
+) -> None:
+    orphans = db.add_orphans(10)
+    request = SweepRequest(asked_by="test")
+    take = partial(take_slice, request=request, size=3, among=None, shown=shown)
+    async with transaction(engine) as connection:
+        await begin(connection, request)
+        first = await take(connection, stretch=Stretch(backwards=backwards))
+        second = await take(connection, stretch=beyond(first.last, backwards))
+        nothing = await take(connection, stretch=Stretch(second.last, second.last, backwards))
+    order = orphans[::-1] if backwards else orphans
+    assert [one.last and one.last.run_id for one in (first, second)] == [order[2], order[5]]
+    assert (first.marked, second.marked, nothing.taken) == (3, 3, 0)
+    assert db.outcomes() == dict.fromkeys(order[:6], "marked")
+
+
+def beyond(last: Position | None, backwards: bool) -> Stretch:
+    return Stretch(before=last, backwards=True) if backwards else Stretch(behind=last)
 
 
 async def test_what_others_hold_is_passed_over_and_comes_up_again(

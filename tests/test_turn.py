@@ -39,7 +39,7 @@ async def sweep(*, dry_run: bool = False) -> SweepReport:
 
 
 def has_looked(db: Database) -> bool:
-    return bool(db.do("SELECT FROM orphan_recovery.sweeps"))
+    return bool(db.do("SELECT sweep_id FROM orphan_recovery.sweeps"))
 
 
 async def test_a_sweep_waits_for_another_and_looks_then(

@@ -7,11 +7,12 @@ one orphan could not be marked.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 from uuid import UUID
 
 from prefect import flow, get_run_logger, task
@@ -21,6 +22,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
+from prefect.utilities.annotations import quote
 from pydantic import Field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -66,6 +68,8 @@ from orphan_recovery.targets import DEFAULT_TARGET, find_target, load_targets
 from orphan_recovery.turn import in_turn
 from orphan_recovery.verdict import Outcome, Verdict
 
+T = TypeVar("T")
+
 FLOW_NAME = "recover-orphaned-runs"
 ALL_FLOW_NAME = "recover-all-targets"
 MOST_TASKS = 10_000
@@ -93,6 +97,12 @@ _RETRIED: dict[str, Any] = {
 }
 _RETRIED_WITHIN: dict[str, Any] = {**_RETRIED, "retries": 0}
 """Of a task with many transactions: each of them is tried again by the same plan, by itself."""
+
+
+def _unseen(value: T) -> T:
+    """As a task's parameter: Prefect looks through it, field by field of each run, for results of
+    other tasks, unless it is quoted."""
+    return cast("T", quote(value))
 
 
 class DatabaseError(RuntimeError):
@@ -144,10 +154,10 @@ async def decide(engine: AsyncEngine, report: SweepReport, look: Look) -> Decisi
 
 
 @task(name="detect", task_run_name="detect", **_RETRIED)
-async def detect(engine: AsyncEngine, request: SweepRequest, decision: Decision) -> list[WorkerRun]:
-    """Find the orphans that may be marked; reads only."""
+async def detect(engine: AsyncEngine, request: SweepRequest, decision: Decision) -> quote:
+    """Find the orphans that may be marked, and quote the list of them; reads only."""
     async with _transaction(engine) as connection:
-        return await detect_orphans(connection, request, among=decision.among)
+        return quote(await detect_orphans(connection, request, among=decision.among))
 
 
 @task(name="mark", task_run_name="mark-{run_id}", **_RETRIED)
@@ -156,12 +166,14 @@ async def mark(marks: SharedMarks, run_id: str) -> State[Any]:
     run = marks.runs[run_id]
     with _errors_in_a_line():
         verdict = await marks.mark(run)
-    log_verdict(verdict, marks.request)
+    # Of the event Prefect would print the name alone; and it prints the state, which says it all.
+    log_verdict(verdict, marks.request, marked_level=logging.INFO)
     message = (
         f"{run.id}: {verdict.outcome.value}; silent for {run.silence} by its {run.evidence.value} "
         f"when detected, threshold {run.threshold}, held by worker {run.worker_id or '(none)'}"
     )
-    return Completed(message=message, data=verdict)
+    marks.verdicts[run_id] = verdict  # as the state's data, Prefect would look through it
+    return Completed(message=message)
 
 
 @task(name="mark-slices", **_RETRIED_WITHIN)
@@ -356,7 +368,7 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
     if report.fleet is None:  # it never began, and has nothing to close
         return
     try:
-        report.judged(await summarise(engine, report, failed))
+        report.judged(await summarise(engine, _unseen(report), _unseen(failed)))
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error.__cause__ or error)
@@ -395,13 +407,14 @@ async def _mark_in_slices(
         finally:
             failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
             progress.hand_over_to(report)
-    return failed + await mark_rest(engine, report, decision, {v.run.id for v in failed})
+    tried = {v.run.id for v in failed}
+    return failed + await mark_rest(engine, _unseen(report), decision, _unseen(tried))
 
 
 async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decision) -> list[Verdict]:
     """One task run an orphan, side by side. What cannot be marked fails its own task run only."""
     request = report.request
-    runs = await detect(engine, request, decision)
+    runs: list[WorkerRun] = (await detect(engine, request, decision)).unquote()
     report.saw(runs)
     if runs:
         log_detected(runs)
@@ -418,9 +431,9 @@ async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decisio
                 return Verdict(run=run, outcome=Outcome.FAILED, error=f"not tried after {outage}")
             # Prefect's overloads take the task for a sync one here.
             state = await mark(marks, run.id, return_state=True)  # type: ignore[misc]
-            result = await state.aresult(raise_on_failure=False)
-        if isinstance(result, Verdict):
-            return result
+        if run.id in marks.verdicts:
+            return marks.verdicts[run.id]
+        result = await state.aresult(raise_on_failure=False)
         error = result if isinstance(result, BaseException) else RuntimeError(state.message)
         error = error.__cause__ or error
         if is_outage(error):

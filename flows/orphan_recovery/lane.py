@@ -26,9 +26,9 @@ PACED: Final = 20
 BUSY: Final = 100.0
 """Transactions a second: where others write more, a sweep gives way to them. Several sweeps that
 share the lanes write fewer."""
-SMALL_SLICE: Final = 100
+SMALL_SLICE: Final = 50
 """Of a sweep that gives way: a few milliseconds' worth. It takes them in one lane."""
-SHARE: Final = 0.03
+SHARE: Final = 0.02
 """Of its time that the lane works then; for the rest it is kept idle."""
 MOST_SECONDS: Final = 180.0
 """For so long a sweep gives way, and then no more: whoever waits for it cannot wait for ever."""

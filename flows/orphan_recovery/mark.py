@@ -6,6 +6,7 @@ under the lock, compares with what detection saw, and writes the mark and its ev
 or not at all. Whatever it leaves alone, it names.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final
@@ -368,8 +369,18 @@ def _outcome_of_miss(target: Target, now: RowMapping) -> Outcome | None:
     return None  # as it was seen: another transaction holds the row
 
 
-def log_verdict(verdict: Verdict, request: SweepRequest) -> None:
-    """Emit the event of one verdict. Misses have none of their own: the summary counts them."""
+def log_verdict(
+    verdict: Verdict, request: SweepRequest, *, marked_level: int = logging.WARNING
+) -> None:
+    """Emit the event of one verdict. Misses have none of their own: the summary counts them.
+
+    Args:
+        verdict: it.
+        request: the sweep that gave it.
+        marked_level: how loudly to say that a run was marked. INFO where something else says so.
+    """
+    if verdict.outcome is Outcome.MARKED and not logger.isEnabledFor(marked_level):
+        return
     run = verdict.run
     fields = {
         "run_id": run.id,
@@ -384,6 +395,7 @@ def log_verdict(verdict: Verdict, request: SweepRequest) -> None:
     }
     if verdict.outcome is Outcome.MARKED:
         silence = verdict.silence.total_seconds() if verdict.silence else None
-        logger.warning("orphan_run_marked_crashed", extra={**fields, "silence_seconds": silence})
+        fields |= {"silence_seconds": silence}
+        logger.log(marked_level, "orphan_run_marked_crashed", extra=fields)
     elif verdict.outcome is Outcome.FAILED:
         logger.error("failed_to_mark_orphan_crashed", extra={**fields, "error": verdict.error})

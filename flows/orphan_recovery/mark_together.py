@@ -25,6 +25,8 @@ class SharedMarks:
         self._engine = engine
         self.request = request
         self.runs = {run.id: run for run in runs}
+        self.verdicts: dict[str, Verdict] = {}
+        """What the tasks told."""
         self._waiting: dict[str, WorkerRun] = {}
         self._given: dict[str, Verdict] = {}
         self._turn = asyncio.Lock()
