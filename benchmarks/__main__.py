@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--docs", type=Path, help="draw the plots into that folder")
     asked = parser.parse_args()
+    # Byte code is kept, as it is wherever the product runs; else every process compiles anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     size = QUICK if asked.quick else FULL
     if asked.rounds:
         size = replace(size, rounds=asked.rounds, flow_rounds=asked.rounds)

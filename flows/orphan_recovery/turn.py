@@ -7,6 +7,7 @@ sweeps apart is the row's lock.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -68,4 +69,6 @@ async def _wait_for_others(engine: AsyncEngine, request: SweepRequest) -> None:
                 return
             was_free = is_free
             pause = max(SHORTEST_PAUSE_SECONDS, PAUSE_SHARE * waited)
+            # Not all that wait at the same moment.
+            pause *= random.uniform(0.5, 1.5)  # noqa: S311
             await asyncio.sleep(BETWEEN_SLICES_SECONDS if is_free else pause)
