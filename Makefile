@@ -18,9 +18,9 @@ READY := $(VENV)/.ready
 demo: setup
 	$(BIN)/orphan-recovery demo $(if $(UI),--ui)
 
-# Three files at a time, each with a server of its own: most of a test is waiting.
+# Two files at a time, each with a server of its own: most of a test is waiting.
 test: lint
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: setup
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null \

@@ -25,7 +25,6 @@ from orphan_recovery.database import database_url, make_engine, server_started
 from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
-from orphan_recovery.policy import RetryPlan
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport, as_markdown
 from orphan_recovery.request import SweepRequest
@@ -157,12 +156,6 @@ def db(own: Server, own_template: str, monkeypatch: pytest.MonkeyPatch) -> Itera
     with _database(own.url, own_template) as url, Restarted(url) as database:
         monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url)
         yield database
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same retries, without the waiting between them."""
-    monkeypatch.setattr(RetryPlan, "delay", lambda _self, retry: 0.1 * retry)
 
 
 class Worker(threading.Thread):
@@ -318,7 +311,7 @@ async def test_a_server_that_has_been_up_for_two_beats_is_believed(
 
 
 async def test_a_restart_while_a_sweep_waits_makes_it_wait_anew(
-    own: Server, db: Restarted, impatient: None, monkeypatch: pytest.MonkeyPatch
+    own: Server, db: Restarted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that comes back in steps: who lives is given two beats from the last of them."""
     monkeypatch.setenv(BEAT, "2")
@@ -367,9 +360,7 @@ async def test_every_role_sees_that_a_server_lost_all_its_sessions(
     assert db.one("SELECT pg_postmaster_start_time()") < before < since
 
 
-async def test_a_restart_between_detect_and_mark_loses_nothing(
-    own: Server, db: Restarted, impatient: None
-) -> None:
+async def test_a_restart_between_detect_and_mark_loses_nothing(own: Server, db: Restarted) -> None:
     """The mark is tried again, and repeats the whole check."""
     orphans = db.add_orphans(3)
     db.do(
@@ -390,7 +381,7 @@ async def test_a_restart_between_detect_and_mark_loses_nothing(
 
 
 async def test_who_fell_silent_while_a_sweep_stood_still_is_left_to_the_next_one(
-    own: Server, db: Restarted, impatient: None, monkeypatch: pytest.MonkeyPatch
+    own: Server, db: Restarted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was no orphan when the sweep looked; and then the server was away, which it never saw.
 

@@ -318,6 +318,7 @@ async def test_a_lock_that_is_taken_between_detection_and_mark_is_a_sign_of_life
         assert await outcome_of(engine, request, run) == "sign_of_life"
         assert row_of(db, "run") == before
         assert await look(engine, request) == []
+    await asyncio.to_thread(await_locks, db, 0)
     request = asked(target)
     [run] = await look(engine, request)
     assert await outcome_of(engine, request, run) == "marked"
