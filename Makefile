@@ -3,6 +3,7 @@
 # make bench     how fast it is, against its goals and its peers; what proof of life costs
 #                (QUICK=1: small, judges nothing; ONLY="rates flow": some of it)
 # make test      lint, types and the whole suite, against a real Postgres
+#                (AT_ONCE=2: two files at a time, each with a server of its own; on a quiet machine)
 #
 # The suite and the demo start a Postgres of their own; TEST_DATABASE_URL names another for the suite.
 
@@ -18,9 +19,8 @@ READY := $(VENV)/.ready
 demo: setup
 	$(BIN)/orphan-recovery demo $(if $(UI),--ui)
 
-# Two files at a time, each with a server of its own: most of a test is waiting.
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(if $(AT_ONCE),--numprocesses $(AT_ONCE) --dist loadfile)
 
 bench: setup
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null \

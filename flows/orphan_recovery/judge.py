@@ -190,7 +190,7 @@ async def _judge_slice(
     progress.verdicts += part.verdicts
     progress.show -= len(part.runs)
     if part.seconds > LONG:
-        lane.size = max(PAGE, lane.size // 2)
+        lane.size = max(min(PAGE, lane.size), lane.size // 2)
     elif part.seconds < SHORT:
         lane.size = min(LARGEST_SLICE, lane.size * 2)
     if part.runs:

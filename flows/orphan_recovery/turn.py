@@ -46,6 +46,9 @@ async def in_turn(
 
     Returns:
         What ``look`` returned, once that is committed.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any database error; what ``look`` did is rolled back then.
     """
     async with transaction(engine) as connection:
         if request.dry_run or await enter_all(connection, request.target):
