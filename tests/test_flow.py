@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -44,6 +45,29 @@ async def test_each_orphan_has_a_task_run_of_its_own(db: Database, api: Api) -> 
         assert message.startswith(f"{orphan}: marked; silent for 1:")
         assert "by its age when detected, threshold 0:30:00, held by worker worker-" in message
     assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
+
+
+async def test_the_flow_waits_for_another_sweep_of_its_table(
+    db: Database, api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what it marks then it says to whoever asked for its events, each with its run."""
+    caplog.set_level(logging.INFO, "orphan_recovery")
+    [orphan] = db.add_orphans(1)
+    with db.connect() as other:
+        other.execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended("
+            "'orphan_recovery lane 1 of public.worker_runs', 0))"
+        )
+        sweeping = asyncio.ensure_future(sweep(api))
+        await asyncio.to_thread(
+            until, lambda: "sweep_waits_for_another" in caplog.messages, "it says that it waits"
+        )
+        await asyncio.sleep(0.5)
+        assert db.sweeps() == []
+        other.rollback()
+    assert (await sweeping).is_completed()
+    [event] = [r for r in caplog.records if r.message == "orphan_run_marked_crashed"]
+    assert (event.levelname, event.__dict__["run_id"]) == ("INFO", orphan)
 
 
 async def test_more_orphans_than_are_worth_a_task_run_each_are_marked_in_slices(

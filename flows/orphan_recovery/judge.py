@@ -376,10 +376,19 @@ async def _mark_held(
 
 async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
     """Do ``work`` in a transaction of its own; all of it again while the error is transient."""
+
+    async def once() -> T:
+        async with transaction(engine) as connection:
+            return await work(connection)
+
+    return await retried(once)
+
+
+async def retried(work: Callable[[], Awaitable[T]]) -> T:
+    """Do ``work``; all of it again while the error is transient."""
     async for attempt in retrying():
         with attempt:
-            async with transaction(engine) as connection:
-                result = await work(connection)
+            result = await work()
     return result
 
 

@@ -5,18 +5,16 @@ be used nothing is raised, and the report says what happened.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.detect import look_at_fleet
 from orphan_recovery.doubt import Doubt
-from orphan_recovery.judge import in_transaction, judge_all
-from orphan_recovery.policy import retrying
+from orphan_recovery.judge import in_transaction, judge_all, retried
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.settings import (
@@ -182,7 +180,7 @@ async def _report_on(request: SweepRequest) -> dict[str, Any]:
 async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport) -> None:
     failed = []
     try:
-        look = await _in_turn(engine, request, partial(begin, request=request))
+        look = await retried(partial(in_turn, engine, request, partial(begin, request=request)))
         report.looked(look.fleet, marked=look.now.marked, contested=look.now.contested)
         if look.is_idle:  # and closed already
             return
@@ -205,15 +203,6 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
         report.error = report.error or describe(error)
 
 
-async def _in_turn(
-    engine: AsyncEngine, request: SweepRequest, look: Callable[[AsyncConnection], Awaitable[Look]]
-) -> Look:
-    async for attempt in retrying():
-        with attempt:
-            found = await in_turn(engine, request, look)
-    return found
-
-
 async def _look_again(
     engine: AsyncEngine, request: SweepRequest, report: SweepReport, look: Look, doubt: Doubt
 ) -> Look:
@@ -225,7 +214,7 @@ async def _look_again(
     report.looked_twice = str(doubt)
     await asyncio.sleep(doubt.wait.total_seconds())
     looking = partial(look_again_at, request=request, before=look)
-    again = await _in_turn(engine, request, looking)
+    again = await retried(partial(in_turn, engine, request, looking))
     if again.doubt is None:
         return again
     return await _look_again(engine, request, report, again, again.doubt)
