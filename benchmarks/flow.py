@@ -1,7 +1,8 @@
 """Flow: what Prefect adds. A task run an orphan against as many empty ones; slices; a flow run.
 
-The hazard is a server that is still busy with the round before. So each round waits until the
-server has recorded all task runs, and every flow is the first of its process.
+The hazard is a server that is still busy with the round before: one on SQLite then answers 503 to
+whoever would begin a flow run, and Prefect's client tries again two seconds later. So each round
+waits until the server has nothing more to write, and every flow is the first of its process.
 """
 
 import os
@@ -21,7 +22,7 @@ import httpx
 
 from benchmarks.data import Fleet, Server
 from benchmarks.processes import Ran, free_port, run
-from benchmarks.rates import SWEEP, check_marked_once
+from benchmarks.rates import SWEEP, check_marked_once, in_turn
 from benchmarks.results import Goal, Measured, Result, Side, Size
 
 # Prefect's server records some 30 task runs a second by default, and is busy long after. For both
@@ -32,7 +33,10 @@ RECORDING = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "0.5",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
 }
+QUIET_SECONDS = 4.0
+"""Longer than any of these writers waits for its next bundle."""
 
 
 def flow(server: Server, size: Size) -> Measured:
@@ -47,22 +51,31 @@ def flow(server: Server, size: Size) -> Measured:
     each, empty = list[Ran](), list[Ran]()
     sliced, sweeps, fixed = list[Ran](), list[Ran](), list[Ran]()
     with prefect_server() as api:
+
+        def settle() -> None:
+            if size.flow_rounds > 1:
+                _await_quiet(api)
+
+        def run_flow(fleet: Fleet, side: str, tasks: int = 0, *, in_slices: bool = False) -> Ran:
+            with server.copy(fleet) as url:
+                settle()
+                ran = _run(api, url, side, tasks, size.task_each_up_to if in_slices else 0)
+                if side == "recover" and fleet.orphans:
+                    check_marked_once(url, fleet.orphans)
+            return ran
+
         if size.flow_rounds > 1:  # a server's first flow run is slow
-            with server.copy(none) as url:
-                _run(api, url, "recover", 0)
-        for _ in range(size.flow_rounds):
-            with server.copy(none) as url:
-                fixed.append(_run(api, url, "recover", 0))
-                empty.append(_run(api, url, "empty", size.tasks))
-            with server.copy(few) as url:
-                each.append(_run(api, url, "recover", size.tasks))
-                check_marked_once(url, size.tasks)
+            run_flow(none, "recover")
+        for number in range(size.flow_rounds):
+            fixed.append(run_flow(none, "recover"))
+            sides = {"recover": (each, few), "empty": (empty, none)}
+            for side, (ran, fleet) in in_turn(sides, number):
+                ran.append(run_flow(fleet, side, size.tasks))
             if CAN_SLICE:
                 with server.copy(many) as url:
+                    settle()
                     sweeps.append(run(url, *SWEEP))
-                with server.copy(many) as url:
-                    sliced.append(_run(api, url, "recover", 0, size.task_each_up_to))
-                    check_marked_once(url, size.orphans)
+                sliced.append(run_flow(many, "recover", in_slices=True))
     server.forget(few)
     server.forget(none)
     a_run = Side("a flow run that finds nothing", [one.seconds for one in fixed], "s")
@@ -99,28 +112,25 @@ def flow(server: Server, size: Size) -> Measured:
 
 def _run(api: str, url: str, side: str, tasks: int, task_each_up_to: int = 0) -> Ran:
     """One flow in a process of its own, which has ``tasks`` task runs of that kind."""
-    before = _recorded(api)
     with tempfile.TemporaryDirectory(prefix="orphan-bench-") as home:
         environment = {"PREFECT_API_URL": api, "PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
-        ran = run(url, "benchmarks.flow_sides", side, tasks, task_each_up_to, **environment)
-    _await_records(api, before + tasks)
-    return ran
+        return run(url, "benchmarks.flow_sides", side, tasks, task_each_up_to, **environment)
 
 
-def _recorded(api: str) -> int:
-    return int(httpx.post(f"{api}/task_runs/count", json={}, timeout=60).raise_for_status().json())
-
-
-def _await_records(api: str, count: int) -> None:
-    """Return once so many task runs are recorded, or no more come."""
-    give_up_at, last = time.monotonic() + 120, -1
-    while time.monotonic() < give_up_at and (now := _recorded(api)) < count:
-        if now == last:
-            time.sleep(3)
-            if _recorded(api) == last:
-                return
-        last = now
+def _await_quiet(api: str) -> None:
+    """Return once the server has recorded nothing more for a while; it writes by the bundle."""
+    written, since = _written(api), time.monotonic()
+    while time.monotonic() - since < QUIET_SECONDS:
         time.sleep(0.5)
+        if (now := _written(api)) != written:
+            written, since = now, time.monotonic()
+
+
+def _written(api: str) -> tuple[int, int]:
+    """How many task runs, and how many events, are recorded."""
+    runs = httpx.post(f"{api}/task_runs/count", json={}, timeout=60).raise_for_status().json()
+    events = httpx.post(f"{api}/events/filter", json={"limit": 1}, timeout=60).raise_for_status()
+    return int(runs), int(events.json()["total"])
 
 
 @contextmanager

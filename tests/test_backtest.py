@@ -12,8 +12,11 @@ from typing import Any, LiteralString
 
 import pytest
 from rich.console import Console
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from conftest import _database
+from orphan_recovery import backtest
 from orphan_recovery.alive import RunLost, finish_run
 from orphan_recovery.backtest import FEW, LADDER, AtThreshold, Backtest, backtest_target
 from orphan_recovery.backtest_flow import backtest_thresholds
@@ -791,6 +794,20 @@ async def test_thresholds_that_cannot_be_used_are_refused(
 ) -> None:
     with pytest.raises(ConfigurationError):
         await backtest_target(Target(), thresholds)
+
+
+async def test_a_backtest_may_take_as_many_processes_of_the_server_as_the_server_gives(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike a sweep: it may go through years, and somebody waits for it."""
+    asked = "SHOW max_parallel_workers_per_gather"
+
+    async def look(connection: AsyncConnection, *_: Any) -> Any:
+        return (await connection.execute(text(asked))).scalar_one()
+
+    monkeypatch.setattr(backtest, "backtest", look)
+    given: Any = await backtest_target(Target())
+    assert given == db.one(asked) != "0"
 
 
 def test_the_report_needs_no_prefect() -> None:

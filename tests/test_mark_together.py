@@ -11,6 +11,7 @@ from orphan_recovery.database import POOL_SIZE, database_url, make_engine, trans
 from orphan_recovery.detect import detect
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.run import WorkerRun
 from orphan_recovery.sweep import begin
 from orphan_recovery.verdict import Outcome, Verdict
 from support import Database, until
@@ -45,6 +46,55 @@ async def test_who_waits_at_the_same_time_is_marked_in_one_transaction(
     assert {v.outcome for v in verdicts if isinstance(v, Verdict)} == {Outcome.MARKED}
     assert db.statuses() == dict.fromkeys(orphans, "crashed")
     assert transactions(db) == 1
+
+
+async def test_all_of_a_transaction_go_on_in_one_round_of_the_event_loop(
+    db: Database, engine: AsyncEngine
+) -> None:
+    """Between two rounds Prefect's threads have their turn, and a thousand of those are seconds."""
+    db.add_orphans(30)
+    marks = await shared_marks(engine)
+    rounds, ended_in = 0, list[int]()
+
+    async def count() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    async def one(run: WorkerRun) -> None:
+        await marks.mark(run)
+        ended_in.append(rounds)
+
+    counting = asyncio.create_task(count())
+    await asyncio.gather(*map(one, marks.runs.values()))
+    counting.cancel()
+    assert len(ended_in) == 30
+    assert max(ended_in) - min(ended_in) <= 2
+
+
+async def test_a_cancelled_mark_keeps_no_other_from_its_own(
+    db: Database, engine: AsyncEngine
+) -> None:
+    """The one that was to mark for others too, while it waits for its turn."""
+    orphans = db.add_orphans(7)
+    marks = await shared_marks(engine)
+    *first, leader, follower, third, fourth = (marks.runs[run] for run in orphans)
+    with db.connect() as holder:
+        holder.execute("LOCK TABLE worker_runs IN SHARE MODE")
+        marking = [asyncio.create_task(marks.mark(run)) for run in first]
+        await asyncio.to_thread(db.await_lock_wait)
+        led, followed = (asyncio.create_task(marks.mark(run)) for run in (leader, follower))
+        await asyncio.sleep(0.05)
+        led.cancel()
+        await asyncio.wait([led])
+        later = [asyncio.create_task(marks.mark(run)) for run in (third, fourth)]
+        await asyncio.sleep(0.05)
+    assert led.cancelled()
+    verdicts = await asyncio.wait_for(asyncio.gather(*marking, followed, *later), 10)
+    assert {verdict.outcome for verdict in verdicts} == {Outcome.MARKED}
+    assert db.outcomes() == dict.fromkeys(set(orphans) - {leader.id}, "marked")
+    assert transactions(db) == 3  # the first, who lost its leader by itself, and the later
 
 
 async def test_each_is_told_of_its_own_verdict(db: Database, engine: AsyncEngine) -> None:

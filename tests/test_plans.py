@@ -18,6 +18,7 @@ from orphan_recovery import judge, lane
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from support import Database
+from tables_support import set_for_all
 
 ROWS, IN_FLIGHT, ORPHANS = 60_000, 2_000, 50
 
@@ -107,6 +108,20 @@ async def test_a_sweep_reads_only_what_is_in_flight_and_sorts_only_orphans(
     assert (report.error, report.recovered) == (None, ORPHANS)
     assert len(plans) >= 3
     judge_plans(plans, sorted_at_most=IN_FLIGHT)
+
+
+async def test_no_statement_takes_more_than_one_process_of_the_server(
+    large: Database, plans: dict[str, list[Plan]]
+) -> None:
+    """Not even where the planner holds it for free."""
+    set_for_all(large, "parallel_setup_cost = 0")
+    set_for_all(large, "parallel_tuple_cost = 0")
+    set_for_all(large, "min_parallel_index_scan_size = 0")
+    set_for_all(large, "min_parallel_table_scan_size = 0")
+    report = await run_sweep(SweepRequest(asked_by="test"))
+    assert (report.error, report.recovered) == (None, ORPHANS)
+    every = [node for found in plans.values() for plan in found for node in nodes(plan)]
+    assert not [node for node in every if "Gather" in node["Node Type"]]
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

@@ -3,15 +3,18 @@
 import asyncio
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery import turn
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.sweep import begin
 from support import Database, until
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -38,8 +41,20 @@ async def sweep(*, dry_run: bool = False) -> SweepReport:
     return await run_sweep(SweepRequest(asked_by="test", dry_run=dry_run))
 
 
-def has_looked(db: Database) -> bool:
-    return bool(db.do("SELECT sweep_id FROM orphan_recovery.sweeps"))
+def open_in_the_ledger(db: Database, target: str = "default", age: int = 0) -> None:
+    """A sweep that has looked, so many seconds ago, and does not end."""
+    db.do(
+        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+        " threshold, scope, version, opened_at) VALUES (gen_random_uuid(), %s,"
+        " 'worker_runs', 'test', 'test', '30 min', '{}', '0', now() - make_interval(secs => %s))",
+        target,
+        age,
+    )
+
+
+def number_of_sweeps(db: Database) -> int:
+    """How many have looked."""
+    return int(db.one("SELECT count(*) FROM orphan_recovery.sweeps"))
 
 
 async def test_a_sweep_waits_for_another_and_looks_then(
@@ -53,7 +68,7 @@ async def test_a_sweep_waits_for_another_and_looks_then(
         until, lambda: "sweep_waits_for_another" in caplog.messages, "it says that it waits"
     )
     await asyncio.sleep(0.5)
-    assert not has_looked(db)
+    assert number_of_sweeps(db) == 0
     db.do("UPDATE worker_runs SET status = 'crashed' WHERE id = %s", orphan)
     other.rollback()
     report = await asyncio.wait_for(sweeping, SOON)
@@ -64,16 +79,85 @@ async def test_a_sweep_waits_for_another_and_looks_then(
 async def test_it_is_not_deceived_by_the_moment_between_two_slices(
     db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turn, "BETWEEN_SLICES_SECONDS", 0.6)
+    """The ledger has the other as open, so its lanes have to stay free for longer."""
+    monkeypatch.setattr(turn, "MOMENT_SECONDS", 1.0)
+    open_in_the_ledger(db)
     sweeping = asyncio.ensure_future(sweep())
     await asyncio.sleep(0.5)
-    other.rollback()
-    await asyncio.sleep(0.2)  # in which it asks at least once
-    enter(other)
-    await asyncio.sleep(1.0)
-    assert not has_looked(db)
+    for _ in range(3):
+        other.rollback()
+        await asyncio.sleep(0.4)  # in which it asks at least once
+        enter(other)
+        await asyncio.sleep(0.2)
+    assert number_of_sweeps(db) == 1
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
+
+
+async def test_it_goes_on_as_soon_as_the_other_is_closed(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it came between the other's look and its first slice, and found the lanes free."""
+    monkeypatch.setattr(turn, "MOMENT_SECONDS", 60.0)
+    open_in_the_ledger(db)
+    sweeping = asyncio.ensure_future(sweep())
+    await asyncio.sleep(0.5)
+    assert number_of_sweeps(db) == 1
+    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
+
+
+@pytest.mark.parametrize("other", [{"target": "another"}, {"age": 61}])
+async def test_neither_a_sweep_of_another_target_nor_one_long_dead_is_waited_for(
+    db: Database, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(turn, "MOMENT_SECONDS", 60.0)
+    open_in_the_ledger(db, **other)
+    assert (await asyncio.wait_for(sweep(), SOON)).error is None
+
+
+async def test_one_that_was_killed_is_waited_for_a_moment(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn, "MOMENT_SECONDS", 1.0)
+    open_in_the_ledger(db)
+    began = time.monotonic()
+    assert (await asyncio.wait_for(sweep(), SOON)).error is None
+    assert time.monotonic() - began >= 1.0
+
+
+async def test_a_sweep_does_not_wait_for_itself(
+    db: Database, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when it looks again, nor when the word that it is open was lost on its way."""
+    monkeypatch.setattr(turn, "MOMENT_SECONDS", 60.0)
+    db.add_orphans(1)
+    request = SweepRequest(asked_by="test")
+    look = partial(begin, request=request)
+    await turn.in_turn(engine, request, look)
+    assert not db.one("SELECT ended_at FROM orphan_recovery.sweeps")
+    await asyncio.wait_for(turn.in_turn(engine, request, look), SOON)
+
+
+async def test_of_many_that_wait_each_asks_less_often(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that fifty leave the server to the one at work."""
+    monkeypatch.setattr(turn, "PAUSE_EACH_SECONDS", 0.25)
+    asked, ask = 0, turn._ask
+
+    async def counted(*args: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return await ask(*args)
+
+    monkeypatch.setattr(turn, "_ask", counted)
+    sweeping = [asyncio.ensure_future(sweep()) for _ in range(4)]
+    await asyncio.sleep(3.0)
+    assert 8 < asked < 60  # as if each were alone, it would be some 200
+    other.rollback()
+    reports = await asyncio.wait_for(asyncio.gather(*sweeping), 2 * SOON)
+    assert [report.error for report in reports] == [None] * 4
 
 
 async def test_it_waits_for_a_while_and_no_longer(

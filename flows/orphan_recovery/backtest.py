@@ -207,6 +207,8 @@ async def backtest_target(
     try:
         async with transaction(engine) as connection:
             await connection.execute(text("SET TRANSACTION READ ONLY"))
+            # It may go through years of history, and somebody waits for it.
+            await connection.execute(text("SET LOCAL max_parallel_workers_per_gather TO DEFAULT"))
             return await backtest(connection, target, thresholds, days)
     finally:
         await engine.dispose()

@@ -102,32 +102,10 @@ async def enter(db: Executor, target: Target, lane: int) -> int:
     return int((await db.execute(_NEXT_TRANSACTION)).scalar_one())
 
 
-async def enter_all(db: Executor, target: Target) -> bool:
-    """Take every lane of a table, if none is taken. Does not wait, and does not commit.
-
-    Args:
-        db: a transaction of the caller's. It keeps what it took until it ends, also where it
-            could not take all.
-        target: whose table.
-
-    Returns:
-        Whether it has them all.
-    """
-    return all((await db.execute(_TAKE, await _names(db, target))).one())
-
-
-async def are_free(db: Executor, target: Target) -> bool:
-    """Whether nobody is in a lane of a table. Does not wait, and does not commit.
-
-    Args:
-        db: without a transaction. In one, nobody could enter a lane until it ends.
-        target: whose table.
-    """
-    return all((await db.execute(_ASK, await _names(db, target))).one())
-
-
-async def _names(db: Executor, target: Target) -> dict[str, str]:
-    return {f"lane_{n}": await _name(db, target, n) for n in range(LANES)}
+async def names_of_lanes(db: Executor, target: Target) -> list[str]:
+    """What the lanes of a table are called; each is the advisory lock of its name's hash. Reads
+    the catalogue, if it must."""
+    return [await _name(db, target, number) for number in range(LANES)]
 
 
 async def _name(db: Executor, target: Target, lane: int) -> str:
@@ -141,12 +119,6 @@ _ENTER: Final = select(
     func.pg_advisory_xact_lock(func.hashtextextended(bindparam("lane", type_=Text()), 0)),
     func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
 )
-
-_KEYS: Final = [
-    func.hashtextextended(bindparam(f"lane_{n}", type_=Text()), 0) for n in range(LANES)
-]
-_TAKE: Final = select(*map(func.pg_try_advisory_xact_lock, _KEYS))
-_ASK: Final = select(*map(func.pg_try_advisory_xact_lock_shared, _KEYS))
 
 # As it stands when the lane is entered, and so by a statement of its own.
 _NEXT_TRANSACTION: Final = select(

@@ -7,6 +7,7 @@ own: what is wrong with one run fails its own task run, and no other.
 """
 
 import asyncio
+from dataclasses import dataclass, field
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -18,6 +19,17 @@ from orphan_recovery.run import WorkerRun
 from orphan_recovery.verdict import Verdict
 
 
+@dataclass(slots=True)
+class _Company:
+    """Runs that are marked in one transaction."""
+
+    runs: dict[str, WorkerRun] = field(default_factory=dict)
+    given: dict[str, Verdict] = field(default_factory=dict)
+    is_through: asyncio.Event = field(default_factory=asyncio.Event)
+    """Wakes all of them in one round of the event loop. Each round lets Prefect's threads go
+    first, for milliseconds: woken one by one, a thousand task runs take a tenth longer."""
+
+
 class SharedMarks:
     """The marks of one sweep, asked for by many tasks of one event loop."""
 
@@ -27,8 +39,7 @@ class SharedMarks:
         self.runs = {run.id: run for run in runs}
         self.verdicts: dict[str, Verdict] = {}
         """What the tasks told."""
-        self._waiting: dict[str, WorkerRun] = {}
-        self._given: dict[str, Verdict] = {}
+        self._next = _Company()
         self._turn = asyncio.Lock()
         # One connection is left for those who mark together.
         self._alone = asyncio.Semaphore(POOL_SIZE - 1)
@@ -41,19 +52,32 @@ class SharedMarks:
             sqlalchemy.exc.DBAPIError: any database error, a lock time-out among them. It was met
                 in a transaction of this run's own.
         """
-        self._waiting[run.id] = run
-        async with self._turn:
-            if run.id in self._waiting:
-                await self._mark_waiting()
-        verdict = self._given.pop(run.id, None)
+        company = self._next
+        company.runs[run.id] = run
+        if len(company.runs) == 1:
+            await self._lead(company)
+        else:
+            await company.is_through.wait()
+        verdict = company.given.get(run.id)
         if verdict is None:
             async with self._alone, transaction(self._engine) as connection:
                 verdict = await mark_one(connection, self.request, run)
         return verdict
 
-    async def _mark_waiting(self) -> None:
-        await asyncio.sleep(0)  # whoever is ready to ask does so before
-        runs, self._waiting = list(self._waiting.values()), {}
+    async def _lead(self, company: _Company) -> None:
+        """Mark those who come until the company before is through."""
+        try:
+            async with self._turn:
+                await asyncio.sleep(0)  # whoever is ready to come does so before
+                self._next = _Company()
+                await self._mark_all(company)
+        finally:
+            if self._next is company:  # cancelled: nobody else is to come
+                self._next = _Company()
+            company.is_through.set()
+
+    async def _mark_all(self, company: _Company) -> None:
+        runs = list(company.runs.values())
         if len(runs) == 1:
             return
         try:
@@ -61,4 +85,4 @@ class SharedMarks:
                 verdicts = await mark(connection, self.request, runs, skip_locked=True)
         except DBAPIError:
             return  # whose it is comes out when each tries by itself
-        self._given |= {verdict.run.id: verdict for verdict in verdicts if verdict is not None}
+        company.given = {verdict.run.id: verdict for verdict in verdicts if verdict is not None}
