@@ -42,8 +42,10 @@ LONGEST_WAIT_SECONDS: Final = 10.0
 SHORTEST_PAUSE_SECONDS: Final = 0.05
 """Between two questions."""
 PAUSE_EACH_SECONDS: Final = 0.01
-"""For each connection of a sweep a pause is at least so long: so that all that wait ask a hundred
+"""For each connection of ours a pause is at least so long: so that all that wait ask a hundred
 times a second together, be they five or fifty, and leave the server to the one at work."""
+LONGEST_PAUSE_SECONDS: Final = 0.5
+"""However many connections there are: workers that beat have them too."""
 MOMENT_SECONDS: Final = 0.5
 """How long the lanes stay free before a sweep that the ledger has as open counts as no longer at
 work: it may have been killed, or wait before it looks again. Longer than one at work leaves them,
@@ -88,12 +90,13 @@ async def _wait_for_others(engine: AsyncEngine, request: SweepRequest) -> None:
     async with engine.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
         while (now := time.monotonic()) - began < LONGEST_WAIT_SECONDS:
-            are_free, nobody_is_open, sweeping = await _ask(connection, request, _LOOK)
+            are_free, nobody_is_open, connections = await _ask(connection, request, _LOOK)
             if not are_free:
                 free_since = None
             elif nobody_is_open or now - (free_since := free_since or now) >= MOMENT_SECONDS:
                 return
-            pause = max(SHORTEST_PAUSE_SECONDS, PAUSE_EACH_SECONDS * sweeping)
+            pause = max(SHORTEST_PAUSE_SECONDS, PAUSE_EACH_SECONDS * connections)
+            pause = min(pause, LONGEST_PAUSE_SECONDS)
             # Not all that wait at the same moment.
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
 
@@ -119,14 +122,15 @@ def _question(try_lock: Callable[..., Any]) -> Select[Any]:
     return select(and_(*tried), ~another.exists())
 
 
-_SWEEPING: Final = (
+_CONNECTIONS: Final = (
     select(func.count())
     .select_from(table("pg_stat_activity", schema="pg_catalog"))
     .where(column("application_name") == func.current_setting("application_name"))
+    .where(column("datname") == func.current_database())
     .scalar_subquery()
 )
 _TAKE: Final = _question(func.pg_try_advisory_xact_lock)
 """What it can take it keeps until the transaction ends."""
-_LOOK: Final = _question(func.pg_try_advisory_xact_lock_shared).add_columns(_SWEEPING)
+_LOOK: Final = _question(func.pg_try_advisory_xact_lock_shared).add_columns(_CONNECTIONS)
 """To be asked without a transaction: in one, nobody could enter a lane until it ends. Further, how
-many connections sweeps have."""
+many connections of ours there are."""
