@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -11,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 import orphan_recovery
 from orphan_recovery import FeatureIntent, RetryPolicy, WorkerRun
+from prefect_support import ROOT
 
 NO_PREFECT = """
 import sys
@@ -101,3 +103,12 @@ def test_a_bad_threshold_is_refused_at_start_up_by_name(value: str) -> None:
 def test_a_bad_switch_is_refused_at_start_up_by_name() -> None:
     done = python("import orphan_recovery", ORPHAN_RECOVERY_ENABLED="perhaps")
     assert "ORPHAN_RECOVERY_ENABLED is 'perhaps': set it to true or false" in done.stderr
+
+
+def test_every_log_event_is_explained_and_no_other() -> None:
+    """Their names are part of the public interface."""
+    code = "".join(path.read_text() for path in (ROOT / "flows").rglob("*.py"))
+    emitted = re.findall(r"logger\.(?:info|warning|error|log)\(\s*(?:\w+, )?\"(\w+)\"", code)
+    explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/events.md").read_text(), re.M)
+    assert len(emitted) > 20
+    assert sorted(explained) == sorted(set(emitted))

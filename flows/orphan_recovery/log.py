@@ -8,14 +8,7 @@ import logging
 from typing import Final
 
 logger: Final = logging.getLogger("orphan_recovery")
-"""Events: orphan_recovery_starting, orphaned_runs_detected, orphan_run_marked_crashed,
-orphan_runs_marked_crashed (many), sweep_waits_for_another, sweep_gives_way,
-failed_to_mark_orphan_crashed,
-orphan_recovery_complete, orphan_recovery_failed, orphan_recovery_disabled,
-no_orphaned_runs_found; for runs whose silence cannot be judged,
-runs_without_sign_of_life and runs_ahead_of_database_clock; for doubt, sweep_looks_twice and
-orphan_recovery_held; and from workers, beat_failed, beat_recovered, run_lost, verdict_contested
-and contest_not_recorded."""
+"""Emits the events that ``docs/events.md`` explains, one by one."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
