@@ -160,6 +160,17 @@ async def test_of_many_that_wait_each_asks_less_often(
     assert [report.error for report in reports] == [None] * 4
 
 
+async def test_however_many_connections_there_are_it_goes_on_soon(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that beat have connections of the same name, and hundreds of them wait for nobody."""
+    monkeypatch.setattr(turn, "PAUSE_EACH_SECONDS", 60.0)
+    sweeping = asyncio.ensure_future(sweep())
+    await asyncio.sleep(0.5)
+    other.rollback()
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
+
+
 async def test_it_waits_for_a_while_and_no_longer(
     db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
