@@ -37,6 +37,7 @@ RECORDING = {
 }
 QUIET_SECONDS = 4.0
 """Longer than any of these writers waits for its next bundle."""
+LONGEST_SECONDS = 300.0
 
 
 def flow(server: Server, size: Size) -> Measured:
@@ -119,8 +120,11 @@ def _run(api: str, url: str, side: str, tasks: int, task_each_up_to: int = 0) ->
 
 def _await_quiet(api: str) -> None:
     """Return once the server has recorded nothing more for a while; it writes by the bundle."""
-    written, since = _written(api), time.monotonic()
+    began = since = time.monotonic()
+    written = _written(api)
     while time.monotonic() - since < QUIET_SECONDS:
+        if time.monotonic() - began > LONGEST_SECONDS:
+            raise RuntimeError(f"{api} still records after {LONGEST_SECONDS:.0f} seconds")
         time.sleep(0.5)
         if (now := _written(api)) != written:
             written, since = now, time.monotonic()

@@ -200,7 +200,7 @@ _LIMITS: Final = select(
     func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
     func.set_config("statement_timeout", bindparam("statement", type_=Text()), True),
     func.set_config("idle_in_transaction_session_timeout", bindparam("idle", type_=Text()), True),
-    # One process of the server at most: a sweep is a guest there, and fifty may look at once.
+    # No parallel workers: a sweep is a guest on the server, and fifty may look at once.
     func.set_config("max_parallel_workers_per_gather", "0", True),
     # The driver reads times and spans in these styles only.
     func.set_config("datestyle", "ISO", True),
