@@ -8,7 +8,7 @@ which, and what is left to be noticed; where that would be nothing, both are tak
 import dataclasses
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, LiteralString
 
@@ -17,7 +17,7 @@ from psycopg import sql
 from sqlalchemy import Select, Table, Update, cast, false, literal, select, true
 from sqlalchemy.dialects.postgresql import TIMESTAMP, Insert, insert
 
-from orphan_recovery import condemn, detect, hold, ledger, mark, runs, sweep
+from orphan_recovery import condemn, detect, hold, ledger, mark, runs, sweep, turn
 from orphan_recovery.alive import beat, write
 from orphan_recovery.detect import Silence
 from stateful_world import LEDGER, LONG_BEFORE
@@ -221,6 +221,9 @@ SWEEP: dict[str, Mutation] = {
     "a sweep without a hold": _to(Silence, "is_too_much", lambda *_, **__: False),
     "a hold that lets through what it names": _to(hold, "_blocked", lambda *_: false()),
     "an approval for ever": _to(hold, "_released", _approved_once),
+    "another's look taken over, whenever that was": _to(
+        turn, "_since", lambda _: timedelta(days=1)
+    ),
     "a hold that sees no recovery": _to(hold, "_close_all", _uncontested),
     "a mark of what fell silent after the last look": _all(
         *(_to(module, "seen_silent", lambda *_: lambda _: true()) for module in (hold, sweep))

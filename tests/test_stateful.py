@@ -12,8 +12,8 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
@@ -37,6 +37,7 @@ from orphan_recovery import (
     recover,
     recover_orphaned_runs,
     targets,
+    turn,
 )
 from orphan_recovery.alive import LostBy, RunLost, beat, finish_run
 from orphan_recovery.database import database_url, make_engine
@@ -88,10 +89,10 @@ def _world(place: Place, folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Wo
     patch.setenv("ORPHAN_RECOVERY_DATABASE_URL", place.url)
     target = configure(folder, patch, TOML, "default")
     patch.setattr(targets, "load_targets", cache(targets.load_targets))
-    patch.setattr("orphan_recovery.ledger.version", cache(version))  # else from disk each time
     patch.setattr(describe, "_known", WeakKeyDictionary())
     patch.setattr(policy, "retry_plan", lambda: policy.RetryPlan(0, 0, 0))
     patch.setattr(database, "LOCK_TIMEOUT_MS", SHORT)
+    patch.setattr(turn, "_since", lambda _: timedelta(0))  # as the world's clock has it
     patch.setattr(logger, "disabled", True)
     with Database(place.url) as db, World(db, place.engine, target, place.runner) as world:
         patch.setattr(recover, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": world.wait}))

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import psycopg
@@ -41,15 +40,29 @@ async def sweep(*, dry_run: bool = False) -> SweepReport:
     return await run_sweep(SweepRequest(asked_by="test", dry_run=dry_run))
 
 
-def open_in_the_ledger(db: Database, target: str = "default", age: int = 0) -> None:
-    """A sweep that has looked, so many seconds ago, and does not end."""
+def open_in_the_ledger(
+    db: Database, target: str = "default", age: int = 0, detected: int | None = None
+) -> None:
+    """A sweep that has looked, so many seconds ago, found so many orphans, and does not end."""
     db.do(
         "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
-        " threshold, scope, version, opened_at) VALUES (gen_random_uuid(), %s,"
-        " 'worker_runs', 'test', 'test', '30 min', '{}', '0', now() - make_interval(secs => %s))",
-        target,
-        age,
+        " threshold, scope, version, detected, opened_at) VALUES (gen_random_uuid(), %s,"
+        " 'worker_runs', 'test', 'test', '30 min', '{}', '0', %s,"
+        " now() - make_interval(secs => %s))",
+        *(target, detected, age),
     )
+
+
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When each question was asked."""
+    asked, ask = list[float](), turn._ask
+
+    async def noted(*args: Any) -> Any:
+        asked.append(time.monotonic())
+        return await ask(*args)
+
+    monkeypatch.setattr(turn, "_ask", noted)
+    return asked
 
 
 def number_of_sweeps(db: Database) -> int:
@@ -133,10 +146,44 @@ async def test_a_sweep_does_not_wait_for_itself(
     monkeypatch.setattr(turn, "MOMENT_SECONDS", 60.0)
     db.add_orphans(1)
     request = SweepRequest(asked_by="test")
-    look = partial(begin, request=request)
-    await turn.in_turn(engine, request, look)
+    await turn.in_turn(engine, request, lambda db, _: begin(db, request))
     assert not db.one("SELECT ended_at FROM orphan_recovery.sweeps")
-    await asyncio.wait_for(turn.in_turn(engine, request, look), SOON)
+    await asyncio.wait_for(turn.in_turn(engine, request, lambda db, _: begin(db, request)), SOON)
+
+
+async def test_an_open_sweep_tells_how_many_it_found(db: Database, engine: AsyncEngine) -> None:
+    """To whoever waits for it, and to an operator."""
+    db.add_orphans(3)
+    request = SweepRequest(asked_by="test")
+    await turn.in_turn(engine, request, lambda db, _: begin(db, request))
+    assert db.do("SELECT detected, ended_as FROM orphan_recovery.sweeps") == [
+        {"detected": 3, "ended_as": None}
+    ]
+
+
+@pytest.mark.parametrize("what", ["in a lane", "open"])
+async def test_it_looks_by_what_is_so_then_and_not_a_moment_before(
+    db: Database, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Another that waited, too, may have been quicker."""
+
+    async def over(*_: Any) -> bool:
+        await asyncio.sleep(0.05)
+        return False
+
+    monkeypatch.setattr(turn, "_wait_for_others", over)
+    with db.connect() as other:
+        if what == "open":
+            open_in_the_ledger(db)
+        else:
+            enter(other)
+        before = number_of_sweeps(db)
+        sweeping = asyncio.ensure_future(sweep())
+        await asyncio.sleep(0.5)
+        assert number_of_sweeps(db) == before
+        other.rollback()
+        db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+        assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
 async def test_of_many_that_wait_each_asks_less_often(
@@ -144,17 +191,10 @@ async def test_of_many_that_wait_each_asks_less_often(
 ) -> None:
     """So that fifty leave the server to the one at work."""
     monkeypatch.setattr(turn, "PAUSE_EACH_SECONDS", 0.25)
-    asked, ask = 0, turn._ask
-
-    async def counted(*args: Any) -> Any:
-        nonlocal asked
-        asked += 1
-        return await ask(*args)
-
-    monkeypatch.setattr(turn, "_ask", counted)
+    asked = questions(monkeypatch)
     sweeping = [asyncio.ensure_future(sweep()) for _ in range(4)]
     await asyncio.sleep(3.0)
-    assert 8 < asked < 60  # as if each were alone, it would be some 200
+    assert 8 < len(asked) < 70  # as if each were alone, it would be some 120
     other.rollback()
     reports = await asyncio.wait_for(asyncio.gather(*sweeping), 2 * SOON)
     assert [report.error for report in reports] == [None] * 4
@@ -169,6 +209,48 @@ async def test_however_many_connections_there_are_it_goes_on_soon(
     await asyncio.sleep(0.5)
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
+
+
+async def test_nobody_asks_before_the_other_could_be_through(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what it has found, at the best rate."""
+    monkeypatch.setattr(turn, "FASTEST", 10)
+    open_in_the_ledger(db, detected=20)
+    asked = questions(monkeypatch)
+    sweeping = asyncio.ensure_future(sweep())
+    await asyncio.sleep(1.0)
+    other.rollback()
+    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
+    _, first, second, *_ = asked
+    assert second - first >= 1.9
+
+
+async def test_however_much_the_other_has_found_it_does_not_wait_for_ever(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn, "LONGEST_WAIT_SECONDS", 0.5)
+    open_in_the_ledger(db, detected=100 * turn.FASTEST)
+    assert (await asyncio.wait_for(sweep(), SOON)).error is None
+
+
+async def test_it_asks_more_often_while_the_other_leaves_its_lanes(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment: one that gives way to other work keeps to one lane, for minutes maybe."""
+    monkeypatch.setattr(turn, "SHORTEST_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr(turn, "LONGEST_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr(turn, "SHARE_AT_THE_END", 0.05)
+    monkeypatch.setattr(turn, "MOMENT_SECONDS", 1.0)
+    asked = questions(monkeypatch)
+    sweeping = asyncio.ensure_future(sweep())
+    await asyncio.sleep(3.5)
+    other.rollback()
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
+    at_first = sum(when - asked[0] < 1.0 for when in asked)
+    assert at_first > 6, asked
+    assert len(asked) - at_first < 8, asked
 
 
 async def test_it_waits_for_a_while_and_no_longer(

@@ -11,7 +11,6 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Annotated, Any, TypeVar, cast
 from uuid import UUID
 
@@ -136,14 +135,14 @@ class SweepFailed(RuntimeError):  # noqa: N818 - named for what an operator read
 async def open_sweep(engine: AsyncEngine, request: SweepRequest) -> Look:
     """Record that the sweep begins, and look at all that is in flight."""
     with _errors_in_a_line():
-        return await in_turn(engine, request, partial(begin, request=request))
+        return await in_turn(engine, request, lambda db, other: begin(db, request, other))
 
 
 @task(name="look-again", task_run_name="look-again", **_RETRIED)
 async def look_again(engine: AsyncEngine, request: SweepRequest, look: Look) -> Look:
     """Look a second time, after whoever lives has had the time to beat."""
     with _errors_in_a_line():
-        return await in_turn(engine, request, partial(look_again_at, request=request, before=look))
+        return await in_turn(engine, request, lambda db, _: look_again_at(db, request, look))
 
 
 @task(name="decide", task_run_name="decide", **_RETRIED)
@@ -353,7 +352,9 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
     request, failed = report.request, list[Verdict]()
     try:
         look = await open_sweep(engine, request)
-        report.looked(look.fleet, marked=look.now.marked, contested=look.now.contested)
+        report.looked(
+            look.fleet, marked=look.now.marked, contested=look.now.contested, seen_by=look.seen_by
+        )
         if look.doubt is not None and not request.dry_run:
             look = await _look_again(engine, report, look, look.doubt)
         async for hold_id, answer in undelivered_answers(look.now.open_holds):

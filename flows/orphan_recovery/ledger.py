@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from enum import StrEnum
-from importlib.metadata import version
 from typing import Any, Final
 from uuid import UUID
 
@@ -37,7 +36,7 @@ from sqlalchemy.exc import DBAPIError
 
 from orphan_recovery.database import Executor
 from orphan_recovery.detect import Fleet
-from orphan_recovery.request import SweepRequest
+from orphan_recovery.request import SweepRequest, own_version
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.verdict import Outcome, Verdict
 
@@ -60,6 +59,8 @@ sweeps: Final = Table(
     Column("threshold", Interval),
     Column("scope", JSONB),
     Column("version", Text),
+    Column("question", Text),
+    Column("seen_by", Uuid),
     Column("opened_at", _AWARE),
     Column("in_flight", Integer),
     Column("undatable", Integer),
@@ -190,6 +191,7 @@ async def open_sweep(
     timeline: str | None,
     *,
     nothing_to_do: bool = False,
+    seen_by: UUID | None = None,
 ) -> None:
     """Record that a sweep begins, and close those that died. Does not commit.
 
@@ -201,14 +203,18 @@ async def open_sweep(
         fleet: what it saw.
         timeline: of the server's log.
         nothing_to_do: record in one go that it ended, and found nothing.
+        seen_by: the sweep whose look it took over, instead of looking itself.
     """
     looked: dict[str, Any] = {
         "in_flight": fleet.in_flight,
         "undatable": fleet.undatable,
         "ahead": fleet.ahead,
         "exempt": fleet.exempt,
+        "detected": fleet.orphans,  # until it is closed, and knows better
         "timeline": timeline,
         "opened_at": fleet.seen_at,
+        "question": request.question,
+        "seen_by": seen_by,
     }
     if nothing_to_do:
         counts = dict.fromkeys(("detected", "marked", "missed", "failed"), 0)
@@ -373,7 +379,7 @@ def _identity(request: SweepRequest) -> dict[str, Any]:
         "reason": request.reason,
         "threshold": request.threshold,
         "scope": request.scope,
-        "version": version("orphan-recovery"),
+        "version": own_version(),
     }
 
 

@@ -6,7 +6,6 @@ be used nothing is raised, and the report says what happened.
 
 import asyncio
 from datetime import timedelta
-from functools import partial
 from typing import Any, Final
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -45,7 +44,8 @@ async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[st
     Of the target that is meant by default (see :func:`recover_target` for another). Opens its own
     connections, commits in batches of a fraction of a second each, and may be called by any
     number of workers at once: who comes while another sweep of the table is at work waits for it,
-    for ten seconds at most.
+    for ten seconds at most; and where another that was asked the same has looked since, and judged
+    all that it found, there is nothing left to look for.
 
     Args:
         threshold_minutes: the silence that makes an orphan, in whole minutes, at least 1; None
@@ -56,8 +56,9 @@ async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[st
         more) and ``failed``; ``runs``, a list of at most 1,000 with outcome and evidence,
         failures first; ``error``, None or what stopped the sweep before its end, such as a
         database that cannot be reached. Further: ``target, dry_run, sweep_id, threshold_minutes,
-        outcomes, in_flight, undatable, ahead, exempt, message``. With recovery switched off,
-        ``enabled`` is False and the database is not touched.
+        outcomes, in_flight, undatable, ahead, exempt, seen_by, message``; ``seen_by`` is None, or
+        the id of the sweep that looked in this one's place: what was marked is in its report.
+        With recovery switched off, ``enabled`` is False and the database is not touched.
 
     Raises:
         ConfigurationError: the threshold, a variable or the file of targets holds a value that
@@ -180,8 +181,12 @@ async def _report_on(request: SweepRequest) -> dict[str, Any]:
 async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport) -> None:
     failed = []
     try:
-        look = await retried(partial(in_turn, engine, request, partial(begin, request=request)))
-        report.looked(look.fleet, marked=look.now.marked, contested=look.now.contested)
+        look = await retried(
+            lambda: in_turn(engine, request, lambda db, other: begin(db, request, other))
+        )
+        report.looked(
+            look.fleet, marked=look.now.marked, contested=look.now.contested, seen_by=look.seen_by
+        )
         if look.is_idle:  # and closed already
             return
         if look.doubt is not None and not request.dry_run:
@@ -213,8 +218,9 @@ async def _look_again(
         return look
     report.looked_twice = str(doubt)
     await asyncio.sleep(doubt.wait.total_seconds())
-    looking = partial(look_again_at, request=request, before=look)
-    again = await retried(partial(in_turn, engine, request, looking))
+    again = await retried(
+        lambda: in_turn(engine, request, lambda db, _: look_again_at(db, request, look))
+    )
     if again.doubt is None:
         return again
     return await _look_again(engine, request, report, again, again.doubt)

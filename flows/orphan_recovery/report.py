@@ -60,6 +60,8 @@ class SweepReport:
     postponed: str | None = None
     """Why what has beaten once was left to the next sweep."""
     held: Held | None = None
+    seen_by: UUID | None = None
+    """The sweep that looked in its place, after this one had begun, and judged what it found."""
     marked_lately: int = 0
     """Verdicts that marked a run in the last 30 days."""
     contested_lately: int = 0
@@ -86,9 +88,12 @@ class SweepReport:
         self.detected += max(0, marked - self.recovered)
         self.counts[Outcome.MARKED] = marked
 
-    def looked(self, fleet: Fleet, *, marked: int, contested: int) -> None:
-        """Keep what the sweep saw before it judged; verdicts of the last 30 days."""
-        self.fleet = fleet
+    def looked(
+        self, fleet: Fleet, *, marked: int, contested: int, seen_by: UUID | None = None
+    ) -> None:
+        """Keep what was seen before the sweep judged, and by which other; verdicts of the last 30
+        days."""
+        self.fleet, self.seen_by = fleet, seen_by
         self.marked_lately, self.contested_lately = marked, contested
 
     @property
@@ -146,6 +151,7 @@ class SweepReport:
         if self.fleet:
             told += f", {self.fleet.in_flight} in flight"
             told += f", {self.fleet.exempt} exempt by a rule" if self.fleet.exempt else ""
+            told += f", as sweep {self.seen_by} left them" if self.seen_by else ""
         told += ")"
         if self.held:
             told = (
@@ -239,6 +245,7 @@ class SweepReport:
             "held": self.held.runs if self.held else 0,
             "hold": str(self.held.hold_id) if self.held else None,
             "looked_twice": self.looked_twice,
+            "seen_by": str(self.seen_by) if self.seen_by else None,
             "runs": [_entry(item) for item in listed],
             "error": self.error,
             "message": self.headline(),
@@ -270,6 +277,11 @@ def as_markdown(report: SweepReport) -> str:
     lines += [f"- sweep `{request.sweep_id}`, asked for by {request.asked_by}"]
     lines += [f"- target {_code(request.target.name)}, table {_code(request.target.table)}"]
     lines += [f"- {name}: {_code(str(value))}" for name, value in request.scope.items()]
+    if report.seen_by:
+        lines.append(
+            f"- sweep `{report.seen_by}` looked in its place, after this one had begun, and judged "
+            "all that it found: see there what was marked"
+        )
     if report.looked_twice:
         lines.append(f"- looked twice, because {report.looked_twice}")
     if report.held:

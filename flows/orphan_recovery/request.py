@@ -6,6 +6,9 @@ never set, must not become "all tenants". Every value is checked here, before an
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -78,6 +81,16 @@ class SweepRequest:
         return timedelta(minutes=self.minutes)
 
     @property
+    def question(self) -> str | None:
+        """What it looks for, as a hash: alike where two sweeps would find, and judge, the same
+        runs. None where a limit leaves some of them unjudged."""
+        if self.limit is not None:
+            return None
+        whose, by = (self.tenant, self.worker), (self.minutes, self.returned)
+        asked = repr((own_version(), self.target.model_dump_json(), *whose, *by))
+        return sha256(asked.encode()).hexdigest()
+
+    @property
     def is_whole(self) -> bool:
         """Whether it looks at all that its target has by the target's own threshold, or more."""
         narrowed = self.tenant or self.worker or self.returned
@@ -103,6 +116,12 @@ class SweepRequest:
         """The part of the table that was looked at, for the ledger."""
         parts = {"tenant": self.tenant, "worker": self.worker, "limit": self.limit}
         return {name: value for name, value in parts.items() if value is not None}
+
+
+@cache
+def own_version() -> str:
+    """Of this package, as it is installed."""
+    return version("orphan-recovery")
 
 
 def check_reason(reason: str) -> str:

@@ -8,6 +8,8 @@ import os
 import socket
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
+from uuid import UUID
 
 from sqlalchemy import ColumnElement, Text, and_, any_, literal, or_, select
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -34,6 +36,7 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ENABLED_VARIABLE, load_settings
+from orphan_recovery.shared import fleet_left_by
 from orphan_recovery.verdict import Outcome, Verdict
 
 
@@ -59,6 +62,8 @@ class Look:
     """Why it is not to be believed yet."""
     waited: timedelta = timedelta(0)
     """How long the sweep has waited for it in all."""
+    seen_by: UUID | None = None
+    """The other sweep that looked, where this one took over what it saw."""
     unlocked: frozenset[str] = frozenset()
     """Runs whose lock was gone at every look, where locks are the evidence."""
 
@@ -72,10 +77,16 @@ class Look:
         return self.waited + doubt.wait <= LONGEST_WAIT
 
 
-async def begin(db: Executor, request: SweepRequest) -> Look:
+async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None) -> Look:
     """Look at the whole fleet and open the sweep in the ledger. Does not commit.
 
     A dry run opens nothing. Warns of runs in flight that silence cannot judge.
+
+    Args:
+        db: a transaction of the caller's.
+        request: the sweep.
+        seen_by: another sweep, which answers for this one (see :mod:`orphan_recovery.shared`):
+            what it saw is taken over, unless there is a hold to see to.
 
     Raises:
         ConfigurationError: the table or the ledger is not there, or the database is a standby.
@@ -83,7 +94,10 @@ async def begin(db: Executor, request: SweepRequest) -> Look:
     await runs_table(db, request.target)  # a description that does not fit is the first to tell
     async with ledger_there():
         now = await look_at_circumstances(db, request)
-    look = await look_at(db, request, now)
+    if seen_by is None or now.open_holds:
+        look = await look_at(db, request, now)
+    else:
+        look = Look(now, await fleet_left_by(db, seen_by), None, None, seen_by=seen_by)
     fleet = look.fleet
     if fleet.undatable:
         logger.warning("runs_without_sign_of_life", extra={"count": fleet.undatable})
@@ -93,7 +107,8 @@ async def begin(db: Executor, request: SweepRequest) -> Look:
             extra={"count": fleet.ahead, "worker_ids": fleet.ahead_workers},
         )
     if not request.dry_run:
-        await open_sweep(db, request, fleet, now.timeline, nothing_to_do=look.is_idle)
+        opened = partial(open_sweep, db, request, fleet, now.timeline)
+        await opened(nothing_to_do=look.is_idle, seen_by=look.seen_by)
     return look
 
 
@@ -241,5 +256,6 @@ def log_end(report: SweepReport) -> None:
     if not report.detected and not report.held:
         asked = report.request
         about = {"target": asked.target.name, "threshold_minutes": asked.minutes}
+        about |= {"seen_by": str(report.seen_by)} if report.seen_by else {}
         logger.info("no_orphaned_runs_found", extra=about)
     logger.info("orphan_recovery_complete", extra=fields)

@@ -49,6 +49,8 @@ CREATE TABLE orphan_recovery.sweeps (
     threshold  interval NOT NULL,
     scope      jsonb NOT NULL,
     version    text NOT NULL,
+    question   text,
+    seen_by    uuid REFERENCES orphan_recovery.sweeps,
     opened_at  timestamptz NOT NULL,
     in_flight  bigint,
     undatable  bigint,
