@@ -188,31 +188,44 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
     """
     runs = await runs_table(db, request.target)
     now = func.statement_timestamp(type_=_AWARE)
-    # A minute of grace: a beat that was written while this statement began is no wrong clock.
-    ahead = runs.sign_of_life > now + timedelta(minutes=1)
     threshold = threshold_of(runs, request)
     silent = and_(runs.sign_of_life <= now - threshold, ~runs.is_locked)
-    statement = (
+    run = _each_once(
         select(
-            func.count().label("in_flight"),
-            func.count().filter(silent).label("orphans"),
-            func.count().filter(silent, runs.evidence != Evidence.AGE.value).label("beating"),
-            func.count().filter(runs.sign_of_life.is_(None)).label("undatable"),
-            func.count().filter(ahead).label("ahead"),
-            func.count().filter(threshold.is_(None)).label("exempt"),
-            now.label("seen_at"),
+            runs.sign_of_life.label("sign"),
+            silent.label("silent"),
+            (runs.evidence != Evidence.AGE.value).label("beaten"),
+            threshold.is_(None).label("exempt"),
         )
         .select_from(runs.reads_from())
         .where(runs.in_flight, *_scope(runs, request))
+    )
+    # A minute of grace: a beat that was written while this statement began is no wrong clock.
+    too_late = now + timedelta(minutes=1)
+    statement = select(
+        func.count().label("in_flight"),
+        func.count().filter(run.silent).label("orphans"),
+        func.count().filter(run.silent, run.beaten).label("beating"),
+        func.count().filter(run.sign.is_(None)).label("undatable"),
+        func.count().filter(run.sign > too_late).label("ahead"),
+        func.count().filter(run.exempt).label("exempt"),
+        now.label("seen_at"),
     )
     row = (await db.execute(statement)).mappings().one()
     workers = list[str]()
     if row["ahead"]:  # asked for by itself, for it takes a sort of all that is in flight
         named = runs.text("worker_id").label("worker")
+        ahead = runs.sign_of_life > too_late
         whose = select(named).select_from(runs.reads_from()).where(runs.in_flight, ahead)
         whose = whose.where(*_scope(runs, request), named.is_not(None)).distinct()
         workers = list((await db.execute(whose.order_by(named).limit(10))).scalars())
     return Fleet(**row, ahead_workers=workers)
+
+
+def _each_once(rows: Select[Any]) -> Any:
+    """Columns of ``rows``, each worked out once a row, however often it is named: the server would
+    else put its expression in each place where it is, and OFFSET keeps it from that."""
+    return rows.offset(0).subquery().c
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,23 +273,26 @@ async def look_at_silence(
     now = func.statement_timestamp(type_=_AWARE)
     threshold = threshold_of(runs, request)
     overdue = and_(runs.sign_of_life <= now - threshold, ~runs.is_locked, *_scope(runs, request))
-    silent = func.coalesce(overdue, false())
-    worker = runs.text("worker_id") if runs.has("worker_id") else runs.run_id
-    by_worker = (
+    run = _each_once(
         select(
-            worker.label("worker"),
-            func.count().filter(silent).label("orphans"),
-            func.bool_and(silent).label("all_silent"),
-            func.min(runs.sign_of_life).filter(silent).label("first"),
-            func.max(runs.sign_of_life).filter(silent).label("last"),
+            (runs.text("worker_id") if runs.has("worker_id") else runs.run_id).label("worker"),
+            func.coalesce(overdue, false()).label("silent"),
+            runs.sign_of_life.label("sign"),
         )
         .select_from(runs.reads_from())
-        .where(runs.in_flight)
-        .group_by(worker)
+        .where(runs.in_flight, *([] if among is None else [among]))
     )
-    if among is not None:
-        by_worker = by_worker.where(among)
-    each = by_worker.subquery()
+    each = (
+        select(
+            run.worker,
+            func.count().filter(run.silent).label("orphans"),
+            func.bool_and(run.silent).label("all_silent"),
+            func.min(run.sign).filter(run.silent).label("first"),
+            func.max(run.sign).filter(run.silent).label("last"),
+        )
+        .group_by(run.worker)
+        .subquery()
+    )
     dead = each.c.all_silent & each.c.worker.is_not(None)
     names = func.array_agg(aggregate_order_by(each.c.worker, each.c.worker)).filter(dead)
     statement = select(
