@@ -8,7 +8,6 @@ import os
 import socket
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Text, and_, any_, literal, or_, select
@@ -107,8 +106,14 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
             extra={"count": fleet.ahead, "worker_ids": fleet.ahead_workers},
         )
     if not request.dry_run:
-        opened = partial(open_sweep, db, request, fleet, now.timeline)
-        await opened(nothing_to_do=look.is_idle, seen_by=look.seen_by)
+        await open_sweep(
+            db,
+            request,
+            fleet,
+            now.timeline,
+            nothing_to_do=look.is_idle,
+            seen_by=look.seen_by,
+        )
     return look
 
 

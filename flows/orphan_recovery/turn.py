@@ -51,8 +51,8 @@ PAUSE_EACH_SECONDS: Final = 0.01
 """For each connection of ours a pause is at least so long: so that all that wait ask a hundred
 times a second together, be they five or fifty, and leave the server to the one at work."""
 SHARE_AT_THE_END: Final = 0.2
-"""Of a pause, while a lane has not been free for more than a moment: mostly the other will be
-through soon. Where it is not, it works in one lane, since it gives way."""
+"""Of a pause, for a moment from when a lane is seen free: mostly the other will be through soon.
+Where it is not, it keeps to one lane, since it gives way."""
 LONGEST_PAUSE_SECONDS: Final = 0.5
 """However many connections there are: workers that beat have them too."""
 MOMENT_SECONDS: Final = 0.5
@@ -128,8 +128,8 @@ async def _wait_for_others(
                 return True
             ends_soon = some_free_since is not None and now - some_free_since < MOMENT_SECONDS
             pause = _pause(seen.connections) * (SHARE_AT_THE_END if ends_soon else 1)
-            first = began + (seen.open_with or 0) / FASTEST - now
-            await asyncio.sleep(min(max(pause, first), ends - now))
+            until_it_could_be_through = began + (seen.open_with or 0) / FASTEST - now
+            await asyncio.sleep(min(max(pause, until_it_could_be_through), ends - now))
     return False
 
 
