@@ -60,7 +60,8 @@ def main() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     size = QUICK if asked.quick else FULL
     if asked.rounds:
-        size = replace(size, rounds=asked.rounds, flow_rounds=asked.rounds)
+        rounds = dict.fromkeys(("rounds", "flow_rounds", "load_rounds"), asked.rounds)
+        size = replace(size, **rounds)
     console = Console(width=None if Console().is_terminal else 140)
     measured = Measured()
     with server() as ready:

@@ -115,9 +115,14 @@ class Size:
     """Detections of one round."""
     tasks: int = 1_000
     task_each_up_to: int = 1_000
-    flow_rounds: int = 3
+    flow_rounds: int = 5
     starts: int = 15
+    load_rounds: int = 3
+    """Minutes each, of which a sweep that gives way takes most."""
+    alone_seconds: float = 60.0
+    """Of workers by themselves, before a sweep that gives way and after it."""
     load_seconds: float = 8.0
+    """The same of what takes seconds."""
     peers: int = 10_000
     all_in_flight: int = 10_000_000
     """Runs in flight in one table, all of them."""
@@ -143,6 +148,8 @@ QUICK: Final = Size(
     task_each_up_to=100,
     flow_rounds=1,
     starts=1,
+    load_rounds=1,
+    alone_seconds=0.5,
     load_seconds=0.5,
     peers=200,
     all_in_flight=20_000,

@@ -20,7 +20,7 @@ import pytest
 from sqlalchemy import make_url, select
 
 from conftest import _database
-from orphan_recovery import ConfigurationError, judge
+from orphan_recovery import ConfigurationError, judge, judge_pages
 from orphan_recovery.database import database_url, make_engine, server_started
 from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.embedded import embedded_postgres
@@ -387,7 +387,8 @@ async def test_who_fell_silent_while_a_sweep_stood_still_is_left_to_the_next_one
 
     The sweep stands still in the mark of its first page, and goes on after a restart.
     """
-    monkeypatch.setattr(judge, "PAGE", 1)
+    for module in (judge, judge_pages):
+        monkeypatch.setattr(module, "PAGE", 1)
     dead = db.add_run("dead", beat="3 hours")
     live = db.add_run("live", beat="55 seconds")
     own.await_age(timedelta(seconds=2 * OFTEN))

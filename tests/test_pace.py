@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from orphan_recovery import judge
+from orphan_recovery import judge, judge_pages
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
@@ -65,7 +65,8 @@ async def test_two_sweeps_at_once_keep_it_together(
 async def test_pages_keep_it_too(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     db.add_orphans(6)
     monkeypatch.setenv(VARIABLE, "20")
-    monkeypatch.setattr(judge, "PAGE", 2)
+    for module in (judge, judge_pages):
+        monkeypatch.setattr(module, "PAGE", 2)
     assert (await sweep(limit=6)).recovered == 6
     given = times(db)
     assert [verdicts for _, verdicts in given] == [2] * 3
@@ -85,7 +86,7 @@ async def test_nothing_is_waited_for_after_the_last_page(
 
     db.add_orphans(6)
     monkeypatch.setenv(VARIABLE, "2")
-    monkeypatch.setattr("orphan_recovery.judge.asyncio.sleep", noted)
+    monkeypatch.setattr("orphan_recovery.judge_pages.asyncio.sleep", noted)
     assert (await sweep(limit=6)).recovered == 6
     assert pauses == [1.0, 1.0]
     assert [verdicts for _, verdicts in times(db)] == [2] * 3

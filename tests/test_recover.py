@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery import ConfigurationError, judge, recover, recover_orphaned_runs
+from orphan_recovery import (
+    ConfigurationError,
+    attempt,
+    judge,
+    judge_pages,
+    recover,
+    recover_orphaned_runs,
+)
 from orphan_recovery.database import transaction
 from orphan_recovery.ledger import close_sweep
 from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan, retrying
@@ -34,7 +41,8 @@ def counts(report: dict[str, Any]) -> tuple[int, ...]:
 async def test_every_orphan_is_marked_and_nothing_else(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge, "PAGE", 4)
+    for module in (judge, judge_pages):
+        monkeypatch.setattr(module, "PAGE", 4)
     orphans = db.add_orphans(11)
     db.add_run("alive", age="5 hours", beat="1 minute")
     report = await recover_orphaned_runs()
@@ -75,7 +83,8 @@ async def test_many_workers_that_start_at_once_mark_each_orphan_once(db: Databas
 async def test_poisoned_rows_fail_alone(
     db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, page: int
 ) -> None:
-    monkeypatch.setattr(judge, "PAGE", page)
+    for module in (judge, judge_pages):
+        monkeypatch.setattr(module, "PAGE", page)
     orphans = db.add_orphans(20)
     bad = {orphans[0], orphans[9], orphans[19]}
     db.poison(*bad)
@@ -123,7 +132,7 @@ async def test_a_stricter_default_isolation_costs_no_retry(
 ) -> None:
     """Under SERIALIZABLE a mark that waited for its row could only fail and be tried again."""
     no_retries = RetryPlan(retries=0, backoff_factor=0, jitter=0)
-    monkeypatch.setattr(judge, "retrying", lambda: retrying(no_retries))
+    monkeypatch.setattr(attempt, "retrying", lambda: retrying(no_retries))
     db.do(
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation"
         " = serializable', current_database()); END $$"
@@ -274,7 +283,8 @@ async def test_a_dry_run_writes_nothing_at_all(db: Database) -> None:
 
 
 async def test_a_limit_bounds_the_sweep(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "PAGE", 2)
+    for module in (judge, judge_pages):
+        monkeypatch.setattr(module, "PAGE", 2)
     orphans = db.add_orphans(7)
     request = SweepRequest(threshold_minutes=30, asked_by="test", limit=5)
     report = await recover.run_sweep(request)
@@ -355,6 +365,6 @@ async def test_the_retries_of_the_start_up_path_are_those_of_the_policy(
         raise ConnectionError("refused")
 
     with pytest.raises(ConnectionError):
-        await judge.in_transaction(engine, never_reached)
+        await attempt.in_transaction(engine, never_reached)
     assert tries == 1 + plan.retries == 5
     assert retry_plan(RetryPolicy.NEVER).retries == 0

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from alive.proxy import Proxy
 from alive_support import COMMIT
-from orphan_recovery import detect_orphaned_runs, judge, mark_run_as_crashed
+from orphan_recovery import attempt, detect_orphaned_runs, judge, mark_run_as_crashed
 from orphan_recovery.database import transaction
 from orphan_recovery.lane import enter
 from orphan_recovery.policy import RetryPlan, is_transient, retrying
@@ -28,6 +28,11 @@ from orphan_recovery.targets import find_target
 from support import Database, until
 from tables_support import configure
 from tables_support import sweep as sweep_of
+
+LANE_0 = (
+    "SELECT pg_advisory_xact_lock("
+    "hashtextextended('orphan_recovery lane 0 of public.worker_runs', 0))"
+)
 
 
 @pytest.fixture
@@ -113,6 +118,55 @@ async def test_each_orphan_is_marked_once_whatever_the_size(
     assert [v["outcome"] for v in db.verdicts()] == ["marked"] * 17
     [told] = db.sweeps()
     assert (told["detected"], told["marked"], told["ended_as"]) == (17, 17, "completed")
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+async def test_each_orphan_is_marked_once_also_where_all_lanes_begin_together(
+    db: Database, slices: Callable[..., None], monkeypatch: pytest.MonkeyPatch, lanes: int
+) -> None:
+    """And what is shown are the oldest, for nobody but the first lane shows any."""
+    monkeypatch.setattr(judge, "MANY", 40)
+    slices(2, show=5, lanes=lanes)
+    orphans = db.add_orphans(40)
+    report = await sweep()
+    assert (report.detected, report.recovered, report.failed) == (40, 40, 0)
+    assert [v.run.id for v in report.verdicts] == orphans[:5]
+    assert db.outcomes() == dict.fromkeys(orphans, "marked")
+
+
+@pytest.mark.parametrize("count", [39, 40])
+async def test_of_many_orphans_the_other_lane_does_not_wait_until_the_first_has_shown_some(
+    db: Database, slices: Callable[..., None], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Where there are few it does: else it might leave none to be shown."""
+    monkeypatch.setattr(judge, "MANY", 40)
+    slices(2, show=5)
+    orphans = db.add_orphans(count)
+    with db.connect() as other:
+        other.execute(LANE_0)
+        sweeping = asyncio.ensure_future(sweep())
+        await asyncio.to_thread(db.await_lock_wait)
+        if count == 40:
+            await asyncio.to_thread(until, lambda: len(db.verdicts()) >= 20, "the other lane")
+        else:
+            await asyncio.sleep(0.5)
+            assert db.verdicts() == []
+        other.rollback()
+    assert (await sweeping).recovered == count
+    assert sorted(v["run_id"] for v in db.verdicts()) == orphans
+
+
+async def test_slices_become_smaller_towards_the_end(
+    db: Database, slices: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one lane is not through for long before the other is."""
+    monkeypatch.setattr(judge, "SHOWN", 1)
+    slices(10)
+    db.add_orphans(40)
+    assert (await sweep()).recovered == 40
+    taken = [row["n"] for row in sizes(db)]
+    assert max(taken) == 10
+    assert taken.count(1) >= 2
 
 
 async def test_a_run_that_beats_after_the_statement_began_is_left_alone(
@@ -308,14 +362,11 @@ async def test_all_sweeps_of_a_table_share_its_lanes(
     """Fifty workers that start at once are no heavier for the server than one; and for its lane a
     sweep waits for longer than for a row."""
     monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 50)
-    monkeypatch.setattr(judge, "retrying", lambda: retrying(RetryPlan(0, 0, 0)))
+    monkeypatch.setattr(attempt, "retrying", lambda: retrying(RetryPlan(0, 0, 0)))
     slices(10, lanes=1)
     orphans = db.add_orphans(30)
     with db.connect() as other:
-        other.execute(
-            "SELECT pg_advisory_xact_lock(hashtextextended("
-            "'orphan_recovery lane 0 of public.worker_runs', 0))"
-        )
+        other.execute(LANE_0)
         sweeping = [asyncio.ensure_future(sweep()) for _ in range(3)]
         await asyncio.to_thread(db.await_lock_wait, 3)
         await asyncio.sleep(0.5)

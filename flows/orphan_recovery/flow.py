@@ -42,7 +42,8 @@ from orphan_recovery.flow_hold import (
     who_asks,
 )
 from orphan_recovery.hold import Decision, approve, is_open
-from orphan_recovery.judge import Progress, judge_pages, judge_slices
+from orphan_recovery.judge import Progress, judge_slices
+from orphan_recovery.judge_pages import judge_pages
 from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_outage, is_transient, retry_plan
@@ -399,7 +400,8 @@ async def _mark_in_slices(
     engine: AsyncEngine, report: SweepReport, decision: Decision
 ) -> list[Verdict]:
     """Thousands at a time: a task run for each would outlast the sweep by far."""
-    request, failed, progress, number = report.request, list[Verdict](), Progress(), 0
+    request, failed, number = report.request, list[Verdict](), 0
+    progress = Progress(orphans=decision.orphans)
     while not progress.is_through:
         number += 1
         stretch = mark_slices.with_options(task_run_name=f"mark-slices-{number}")

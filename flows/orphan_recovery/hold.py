@@ -55,6 +55,8 @@ class Decision:
     """What it may not; None if nothing is held."""
     among: Among | None
     """Which orphans may be marked; None for all."""
+    orphans: int = 0
+    """How many those are, by the last count; 0 where nobody counted."""
 
 
 async def decide(
@@ -89,15 +91,15 @@ async def decide(
     )
     any_open = (await db.execute(is_open.limit(1))).first() is not None
     if seen is not None and not any_open and not seen.is_too_much(target):
-        return Decision(None, seen_silent(request, seen_at, among))
+        return Decision(None, seen_silent(request, seen_at, among), seen.orphans)
     silence = await look_at_silence(db, request, only)
     eligible = seen_silent(request, seen_at, among)
     if not silence.is_too_much(target):
         if not any_open:
-            return Decision(None, eligible)
+            return Decision(None, eligible, silence.orphans)
         if request.is_whole and among is None:
             await _close_all(db, request)
-            return Decision(None, eligible)
+            return Decision(None, eligible, silence.orphans)
     rest = silence
     if any_open:
         rest = await look_at_silence(db, request, and_(only, ~_in_open_hold(table, target)))
@@ -106,18 +108,22 @@ async def decide(
         await _open(db, request, now, rest, only)
     unreleased = await _standing(db, target)
     blocked = await look_at_silence(db, request, _blocked(table, target))
-    if not unreleased or not blocked.orphans:  # released, or none of this sweep's business
-        return Decision(None, lambda runs: and_(~_blocked(runs, target), eligible(runs)))
-    (hold_id, opened_at, evidence), *others = unreleased
-    held = Held(
-        hold_id,
-        opened_at,
-        evidence,
-        runs=blocked.orphans,
-        is_new=is_new,
-        others=tuple(other for other, _, _ in others),
-    )
-    return Decision(held, lambda runs: and_(~_blocked(runs, target), eligible(runs)))
+
+    def allowed(runs: RunsTable) -> ColumnElement[bool]:
+        return and_(~_blocked(runs, target), eligible(runs))
+
+    held = None
+    if unreleased and blocked.orphans:  # else they are released, or none of this sweep's business
+        (hold_id, opened_at, evidence), *others = unreleased
+        held = Held(
+            hold_id,
+            opened_at,
+            evidence,
+            runs=blocked.orphans,
+            is_new=is_new,
+            others=tuple(other for other, _, _ in others),
+        )
+    return Decision(held, allowed, silence.orphans - blocked.orphans)
 
 
 def seen_silent(

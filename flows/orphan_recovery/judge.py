@@ -1,23 +1,24 @@
 """Judge: mark all that a sweep may mark; in slices, then page by page what those passed over.
 
 The hazard is that one bad row, or one bad moment, costs the rest its recovery. So all is done in
-small transactions, each of them tried again while its error is transient; what fails is halved
-until the bad row stands alone; a row that somebody holds is waited for last; and only an outage
-of the database itself ends it, loudly. What is left is found again by the next sweep.
+small transactions, each of them tried again while its error is transient; a slice that fails is
+judged page by page; and only an outage of the database itself ends it, loudly. What is left is
+found again by the next sweep.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from orphan_recovery.database import POOL_SIZE, describe, transaction
-from orphan_recovery.detect import Among, detect
+from orphan_recovery.attempt import in_transaction
+from orphan_recovery.detect import Among
+from orphan_recovery.hold import Decision
+from orphan_recovery.judge_pages import PAGE, judge_pages, mark_page
 from orphan_recovery.lane import (
     ASK_AGAIN_SECONDS,
     LANES,
@@ -30,11 +31,10 @@ from orphan_recovery.lane import (
     enter,
 )
 from orphan_recovery.log import logger
-from orphan_recovery.mark import log_verdict, mark, mark_one
-from orphan_recovery.policy import is_outage, retrying
+from orphan_recovery.mark import log_verdict
+from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.run import WorkerRun
 from orphan_recovery.slices import (
     Slice,
     Stretch,
@@ -46,18 +46,13 @@ from orphan_recovery.slices import (
 from orphan_recovery.sweep import log_detected
 from orphan_recovery.verdict import Outcome, Verdict
 
-T = TypeVar("T")
-
-PAGE: Final = 500
-"""Runs detected, and marked, in one transaction of the page by page way."""
+MANY: Final = 10 * SHOWN
+"""Of so many orphans the first lane finds enough to show, whatever the others take meanwhile."""
 LARGEST_SLICE: Final = 5_000
 """Larger ones are no quicker, and keep rows locked for longer."""
 LONG, SHORT = 0.5, 0.2
 """In seconds: a slice that takes longer makes the next one half as large, a quicker one larger;
 so no row is locked for a second, however slow the disk."""
-PATIENCE: Final = 8
-"""Rounds in which rows that others hold, such as another sweep's slice, are looked at anew before
-each of them is waited for by itself; each after twice as long, two and a half seconds in all."""
 
 
 @dataclass(slots=True)
@@ -67,7 +62,9 @@ class Progress:
     size: int = SHOWN
     """Of the first slice."""
     show: int = SHOWN
-    """Runs that are still to be shown one by one."""
+    """Runs that are still to be shown one by one, by the first lane."""
+    orphans: int = 0
+    """As many as there are to be marked, by the last count; 0 where nobody counted."""
     lanes: list[Lane] = field(default_factory=list)
     detected: int = 0
     marked: int = 0
@@ -86,6 +83,10 @@ class Progress:
     def is_through(self) -> bool:
         return all(lane.is_through for lane in self.lanes)
 
+    def shows(self, lane: Lane) -> bool:
+        """Whether this lane's next slice returns its verdicts one by one."""
+        return self.show > 0 and lane is self.lanes[0]
+
     def left_for(self, lane: Lane) -> Stretch:
         """What lies between the lanes, from this one's end."""
         first, *others = self.lanes
@@ -97,23 +98,24 @@ class Progress:
         report.detected += self.detected
         report.judged([v for v in self.verdicts if v.outcome is not Outcome.FAILED])
         report.counts[Outcome.MARKED] += self.marked
+        self.orphans = max(0, self.orphans - self.detected)
         self.detected, self.marked, self.verdicts = 0, 0, []
 
 
-async def judge_all(engine: AsyncEngine, report: SweepReport, among: Among | None) -> list[Verdict]:
+async def judge_all(engine: AsyncEngine, report: SweepReport, decision: Decision) -> list[Verdict]:
     """Mark all that a sweep may mark.
 
     Args:
         engine: where the runs are.
         report: is told of every verdict but the failures.
-        among: only runs for which this holds.
+        decision: what may be marked.
 
     Returns:
         The failures, which are yet to be settled.
     """
-    request, failed = report.request, list[Verdict]()
+    request, failed, among = report.request, list[Verdict](), decision.among
     if await in_transaction(engine, partial(is_sliceable, request=request)):
-        progress = Progress()
+        progress = Progress(orphans=decision.orphans)
         try:
             await judge_slices(engine, request, progress, among)
         finally:
@@ -132,7 +134,7 @@ async def judge_slices(
     *,
     seconds: float = math.inf,
 ) -> None:
-    """Mark slice by slice, in two lanes once there is nothing more to be shown.
+    """Mark slice by slice, in two lanes; of few orphans, once there is nothing more to be shown.
 
     Args:
         engine: where the runs are.
@@ -153,10 +155,14 @@ async def judge_slices(
                 continue
             await _judge_slice(engine, request, progress, lane, among)
 
-    await along(first, only_shown=True)
+    are_many = progress.orphans >= MANY
+    if not are_many:  # the others might leave none to be shown
+        await along(first, only_shown=True)
     paced = request.target.orphans_per_second is not None
-    if not others and not first.is_through and progress.show <= 0 and not paced:
-        progress.lanes += [Lane(first.size, number=n) for n in range(1, LANES)]
+    may_have_others = not paced and (are_many or progress.show <= 0)
+    if may_have_others and not others and not first.is_through:
+        # Twice as large: they get on while this process tells what the first has shown.
+        progress.lanes += [Lane(2 * first.size, number=n) for n in range(1, LANES)]
     ends = await asyncio.gather(*map(along, progress.lanes), return_exceptions=True)
     for end in ends:
         if end is not None:
@@ -171,7 +177,7 @@ async def _judge_slice(
     among: Among | None,
 ) -> None:
     """Mark the next slice, or, if it cannot be marked as one, its first page row by row."""
-    shown, left = progress.show > 0, progress.left_for(lane)
+    shown, left = progress.shows(lane), progress.left_for(lane)
     take = partial(_in_lane, request=request, progress=progress, lane=lane, left=left, among=among)
     try:
         part = await in_transaction(engine, take)
@@ -214,9 +220,12 @@ async def _in_lane(
     next_transaction = await enter(db, request.target, lane.number)
     if lane.number == 0:
         progress.traffic.count(next_transaction)
-    size, shown, pause = lane.size, progress.show > 0, 0.0
+    size, shown, pause = lane.size, progress.shows(lane), 0.0
     if shown:
         size = min(size, progress.show)
+    to_come, lanes = progress.orphans - progress.detected, len(progress.lanes)
+    if to_come > 0 and lanes > 1:  # the fewer, the smaller: so they are through at the same time
+        size = min(size, max(SHOWN, to_come // (2 * lanes)))
     if request.target.lock is not None:  # each takes a place among the server's locks
         size = min(size, PAGE)
     pace = request.target.orphans_per_second
@@ -259,140 +268,8 @@ async def _judge_page_of(
     if not page:
         return
     log_detected(page)
-    given = [v for v in await _mark_page(engine, request, page) if v is not None]
+    given = [v for v in await mark_page(engine, request, page) if v is not None]
     progress.failed |= {v.run.id for v in given if v.outcome is Outcome.FAILED}
     progress.detected += len(given)  # a row that somebody holds comes up again
     progress.verdicts += given
     progress.show -= len(given)
-
-
-async def judge_pages(
-    engine: AsyncEngine, report: SweepReport, among: Among | None, tried: set[str]
-) -> list[Verdict]:
-    """Mark page by page, longest silence first, naming whatever is left alone.
-
-    Args:
-        engine: where the runs are.
-        report: is told of every verdict but the failures; a dry run, of the orphans.
-        among: only runs for which this holds.
-        tried: runs that failed already.
-
-    Returns:
-        The failures, which are yet to be settled.
-    """
-    request, failed = report.request, list[Verdict]()
-    for patience in reversed(range(PATIENCE)):
-        held = await _judge_each_page(engine, report, among, tried, failed)
-        if len(held) <= POOL_SIZE or not patience:
-            break
-        await asyncio.sleep(0.01 * 2 ** (PATIENCE - patience))
-    report.saw(held)
-    # Last, so that a row which somebody holds for long delays no other.
-    at_once = asyncio.Semaphore(POOL_SIZE)
-    waiting = (_mark_held(engine, request, run, at_once) for run in held)
-    given = await asyncio.gather(*waiting)
-    report.judged([v for v in given if v.outcome is not Outcome.FAILED])
-    return failed + [v for v in given if v.outcome is Outcome.FAILED]
-
-
-async def _judge_each_page(
-    engine: AsyncEngine,
-    report: SweepReport,
-    among: Among | None,
-    tried: set[str],
-    failed: list[Verdict],
-) -> list[WorkerRun]:
-    """One pass. Returns the runs whose rows somebody holds."""
-    request, held = report.request, list[WorkerRun]()
-    last: WorkerRun | None = None
-    while (room := _room(report, held)) > 0:
-        look = partial(detect, request=request, after=last, page=room, among=among)
-        page = await in_transaction(engine, look)
-        if not page:
-            break
-        is_first, last = last is None, page[-1]
-        page = [run for run in page if run.id not in tried]
-        if request.dry_run:
-            report.saw(page)
-            continue
-        if request.target.orphans_per_second is not None and not is_first:
-            await asyncio.sleep(len(page) / request.target.orphans_per_second)
-        verdicts = await _mark_page(engine, request, page) if page else []
-        pairs = list(zip(page, verdicts, strict=True))
-        judged = [run for run, verdict in pairs if verdict is not None]
-        held += [run for run, verdict in pairs if verdict is None]
-        report.saw(judged)
-        if judged:
-            log_detected(judged)
-        given = [verdict for verdict in verdicts if verdict is not None]
-        failed += [v for v in given if v.outcome is Outcome.FAILED]
-        tried |= {v.run.id for v in given}
-        report.judged([v for v in given if v.outcome is not Outcome.FAILED])
-    return held
-
-
-def _room(report: SweepReport, held: list[WorkerRun]) -> int:
-    """How many runs the next page may have."""
-    limit, page = report.request.limit, PAGE
-    if not report.request.dry_run:  # what is marked, is so at most a second's worth at once
-        page = min(page, report.request.target.orphans_per_second or page)
-    return page if limit is None else min(page, limit - report.detected - len(held))
-
-
-async def _mark_page(
-    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
-) -> list[Verdict | None]:
-    """Mark a page in one transaction; if it fails, its halves, down to the one bad row."""
-    try:
-        verdicts = await in_transaction(
-            engine, lambda db: mark(db, request, runs, skip_locked=True)
-        )
-    except Exception as error:
-        if is_outage(error):
-            raise
-        if len(runs) == 1:
-            return [_failure(request, runs[0], error)]
-        middle = len(runs) // 2
-        first = await _mark_page(engine, request, runs[:middle])
-        return first + await _mark_page(engine, request, runs[middle:])
-    for verdict in verdicts:
-        if verdict is not None:
-            log_verdict(verdict, request)
-    return verdicts
-
-
-async def _mark_held(
-    engine: AsyncEngine, request: SweepRequest, run: WorkerRun, at_once: asyncio.Semaphore
-) -> Verdict:
-    """Mark a run whose row somebody held, waiting for it this time."""
-    async with at_once:
-        try:
-            verdict = await in_transaction(engine, lambda db: mark_one(db, request, run))
-        except Exception as error:
-            return _failure(request, run, error)
-    log_verdict(verdict, request)
-    return verdict
-
-
-async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    """Do ``work`` in a transaction of its own; all of it again while the error is transient."""
-
-    async def once() -> T:
-        async with transaction(engine) as connection:
-            return await work(connection)
-
-    return await retried(once)
-
-
-async def retried(work: Callable[[], Awaitable[T]]) -> T:
-    """Do ``work``; all of it again while the error is transient."""
-    async for attempt in retrying():
-        with attempt:
-            result = await work()
-    return result
-
-
-def _failure(request: SweepRequest, run: WorkerRun, error: Exception) -> Verdict:
-    verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-    log_verdict(verdict, request)
-    return verdict

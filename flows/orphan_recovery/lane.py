@@ -28,9 +28,9 @@ BUSY: Final = 100.0
 share the lanes write fewer."""
 SMALL_SLICE: Final = 50
 """Of a sweep that gives way: a few milliseconds' worth. It takes them in one lane."""
-SHARE: Final = 0.02
+SHARE: Final = 0.01
 """Of its time that the lane works then; for the rest it is kept idle."""
-MOST_SECONDS: Final = 180.0
+MOST_SECONDS: Final = 300.0
 """For so long a sweep gives way, and then no more: whoever waits for it cannot wait for ever."""
 LONGEST_PAUSE_SECONDS: Final = 0.5
 """However slow its last slice was."""

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from orphan_recovery.attempt import in_transaction, retried
 from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.detect import look_at_fleet
 from orphan_recovery.doubt import Doubt
-from orphan_recovery.judge import in_transaction, judge_all, retried
+from orphan_recovery.judge import judge_all
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.settings import (
@@ -194,7 +195,7 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
         decision = await in_transaction(engine, lambda db: decide_on(db, report, look))
         report.held = decision.held
         # What falls silent after the look is not for this sweep.
-        failed = await judge_all(engine, report, decision.among) if look.fleet.orphans else []
+        failed = await judge_all(engine, report, decision) if look.fleet.orphans else []
     except ConfigurationError:
         raise
     except Exception as error:

@@ -66,8 +66,8 @@ class SweepReport:
     """Verdicts that marked a run in the last 30 days."""
     contested_lately: int = 0
     """Those of them whose run was reported on afterwards, by a worker that lived."""
-    _verdicts: list[Verdict] = field(default_factory=list)
-    _candidates: list[WorkerRun] = field(default_factory=list)
+    _verdicts: list[Verdict] = field(default_factory=list, repr=False)
+    _candidates: list[WorkerRun] = field(default_factory=list, repr=False)
 
     def saw(self, runs: list[WorkerRun]) -> None:
         """Count detected orphans; a dry run, which gives no verdicts, lists them."""

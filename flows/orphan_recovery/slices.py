@@ -44,6 +44,8 @@ _AWARE = TIMESTAMP(timezone=True)
 _NOW = func.statement_timestamp(type_=_AWARE)
 _EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
 """What is older than Python can tell is left to the page by page way."""
+_LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+"""No orphan was created so late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,10 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """What is left of the index, in that order, and from which of its ends it is taken."""
+    """What is left of the index, in that order, and from which of its ends it is taken.
+
+    A statement has both ends, known or not, since to build another takes milliseconds.
+    """
 
     behind: Position | None = None
     before: Position | None = None
@@ -65,16 +70,12 @@ class Stretch:
     @property
     def values(self) -> dict[str, Any]:
         """What a slice's statement takes."""
-        ends = {"behind": self.behind, "before": self.before}
-        there = {name: end for name, end in ends.items() if end is not None}
-        runs = {f"{name}_run": end.run_id for name, end in there.items()}
-        return {**{name: end.created_at for name, end in there.items()}, **runs}
-
-    @property
-    def shape(self) -> "Stretch":
-        """The same for all stretches that one statement serves, whatever their ends."""
-        anywhere = Position(_EARLIEST, "")
-        return Stretch(self.behind and anywhere, self.before and anywhere, self.backwards)
+        return {
+            "behind": self.behind.created_at if self.behind else _EARLIEST,
+            "behind_run": self.behind.run_id if self.behind else None,
+            "before": self.before.created_at if self.before else _LATEST,
+            "before_run": self.before.run_id if self.before else None,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ async def take_slice(
     table = await runs_table(db, request.target)
     await db.execute(_SETTINGS)
     began = time.monotonic()
-    statement = _slice(table, request, among, stretch.shape, shown=shown)
+    statement = _slice(table, request, among, backwards=stretch.backwards, shown=shown)
     rows = list((await db.execute(statement, {"size": size, **stretch.values})).mappings())
     took = time.monotonic() - began
     if shown:
@@ -154,7 +155,7 @@ async def look_at_slice(
 ) -> list[WorkerRun]:
     """The orphans that the next slice would take, as detection sees them. Reads only."""
     table = await runs_table(db, request.target)
-    statement = _candidates(table, request, among, stretch, shown=True)
+    statement = _candidates(table, request, among, backwards=stretch.backwards, shown=True)
     rows = (await db.execute(statement, {"size": size, **stretch.values})).mappings()
     names = orphans(table, request).selected_columns.keys()
     return [snapshot(request, {name: row[name] for name in names}) for row in rows]
@@ -173,20 +174,21 @@ _SETTINGS: Final = select(
 
 @lru_cache(maxsize=64)
 def _slice(
-    table: RunsTable, request: SweepRequest, among: Among | None, stretch: Stretch, *, shown: bool
+    table: RunsTable, request: SweepRequest, among: Among | None, *, backwards: bool, shown: bool
 ) -> Select[Any]:
     """Built once for each sweep, for a sweep may take thousands of them."""
-    locked = _candidates(table, request, among, stretch, shown=shown)
+    locked = _candidates(table, request, among, backwards=backwards, shown=shown)
     locked = locked.with_for_update(of=table.table, key_share=True, skip_locked=True)
     condemning = _each if shown else _counted
-    return condemning(locked, table, request, backwards=stretch.backwards)
+    return condemning(locked, table, request, backwards=backwards)
 
 
 def _candidates(
-    table: RunsTable, request: SweepRequest, among: Among | None, stretch: Stretch, *, shown: bool
+    table: RunsTable, request: SweepRequest, among: Among | None, *, backwards: bool, shown: bool
 ) -> Select[Any]:
     """Detection's statement in the order of the index, with what the mark needs besides."""
     created = table.columns.created_at
+    here = tuple_(created, *table.key)
     found = orphans(table, request)
     number = found.selected_columns.rule
     if not shown:
@@ -202,9 +204,9 @@ def _candidates(
                 number, {n: request.reason_by(reason_of(table.target, n)) for n in rules}
             ).label("reason"),
         )
-        .where(created >= table.stored("created_at", literal(_EARLIEST, _AWARE)))
+        .where(here > tuple_(*_end("behind", table)), here < tuple_(*_end("before", table)))
         .order_by(None)
-        .order_by(*_along([created, *table.key], stretch.backwards))
+        .order_by(*_along([created, *table.key], backwards))
         .limit(bindparam("size", type_=Integer()))
     )
     if table.facts["created_at"].is_nullable:  # else detection's own predicate has it
@@ -212,11 +214,6 @@ def _candidates(
         found = found.where(created <= latest)
     if among is not None:
         found = found.where(among(table))
-    here = tuple_(created, *table.key)
-    if stretch.behind:
-        found = found.where(here > tuple_(*_end("behind", table)))
-    if stretch.before:
-        found = found.where(here < tuple_(*_end("before", table)))
     return found
 
 
