@@ -13,6 +13,11 @@ from orphan_recovery.policy import RetryPlan
 from prefect_support import Api, flow_run_of, marks, sweep
 from support import Database, until
 
+LANE_1 = (
+    "SELECT pg_advisory_xact_lock("
+    "hashtextextended('orphan_recovery lane 1 of public.worker_runs', 0))"
+)
+
 
 @pytest.fixture
 def api(prefect: str) -> Api:
@@ -26,6 +31,29 @@ async def test_a_sweep_that_finds_nothing_completes_and_says_so(db: Database, ap
     assert state.message == "no orphaned run found (threshold 30 minutes, 1 in flight)"
     assert db.status("alive") == "running"
     assert marks(api.task_runs(flow_run_of(state))) == {}
+
+
+async def test_what_comes_after_a_look_that_found_nothing_is_for_the_next_sweep(
+    db: Database, api: Api
+) -> None:
+    """Nobody has doubted its silence, and the sweep is closed already."""
+    db.do(
+        "CREATE FUNCTION one_more() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO worker_runs (id, created_at) VALUES ('late', now() - interval '3 hours');"
+        " RETURN NULL; END $$"
+    )
+    db.do(
+        "CREATE TRIGGER one_more AFTER INSERT ON orphan_recovery.sweeps"
+        " FOR EACH ROW EXECUTE FUNCTION one_more()"
+    )
+    state = await sweep(api)
+    assert state.is_completed()
+    assert state.message == "no orphaned run found (threshold 30 minutes, 0 in flight)"
+    assert db.status("late") == "queued"
+    db.do("DROP TRIGGER one_more ON orphan_recovery.sweeps")
+    assert (await sweep(api)).is_completed()
+    assert db.status("late") == "crashed"
+    assert [(told["detected"], told["marked"]) for told in db.sweeps()] == [(0, 0), (1, 1)]
 
 
 async def test_each_orphan_has_a_task_run_of_its_own(db: Database, api: Api) -> None:
@@ -54,10 +82,7 @@ async def test_the_flow_waits_for_another_sweep_of_its_table(
     caplog.set_level(logging.INFO, "orphan_recovery")
     [orphan] = db.add_orphans(1)
     with db.connect() as other:
-        other.execute(
-            "SELECT pg_advisory_xact_lock(hashtextextended("
-            "'orphan_recovery lane 1 of public.worker_runs', 0))"
-        )
+        other.execute(LANE_1)
         sweeping = asyncio.ensure_future(sweep(api))
         await asyncio.to_thread(
             until, lambda: "sweep_waits_for_another" in caplog.messages, "it says that it waits"
@@ -68,6 +93,30 @@ async def test_the_flow_waits_for_another_sweep_of_its_table(
     assert (await sweeping).is_completed()
     [event] = [r for r in caplog.records if r.message == "orphan_run_marked_crashed"]
     assert (event.levelname, event.__dict__["run_id"]) == ("INFO", orphan)
+
+
+async def test_of_two_flows_that_wait_one_looks_for_both(
+    db: Database, api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "orphan_recovery")
+    orphans = db.add_orphans(2)
+    with db.connect() as other:
+        other.execute(LANE_1)
+        sweeping = [asyncio.ensure_future(sweep(api)) for _ in range(2)]
+        await asyncio.to_thread(
+            until, lambda: caplog.messages.count("sweep_waits_for_another") == 2, "both wait"
+        )
+        other.rollback()
+    states = await asyncio.gather(*sweeping)
+    first, second = db.sweeps()
+    assert (first["marked"], second["marked"]) == (2, 0)
+    assert (first["seen_by"], second["seen_by"]) == (None, first["sweep_id"])
+    assert sorted(str(state.message) for state in states) == [
+        "2 orphaned runs detected: 2 marked crashed (threshold 30 minutes, 2 in flight)",
+        "no orphaned run found (threshold 30 minutes, 0 in flight, as sweep "
+        f"{first['sweep_id']} left them)",
+    ]
+    assert db.outcomes() == dict.fromkeys(orphans, "marked")
 
 
 async def test_more_orphans_than_are_worth_a_task_run_each_are_marked_in_slices(

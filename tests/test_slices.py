@@ -125,11 +125,11 @@ async def test_each_orphan_is_marked_once_also_where_all_lanes_begin_together(
     db: Database, slices: Callable[..., None], monkeypatch: pytest.MonkeyPatch, lanes: int
 ) -> None:
     """And what is shown are the oldest, for nobody but the first lane shows any."""
-    monkeypatch.setattr(judge, "MANY", 40)
+    monkeypatch.setattr(judge, "MANY", 100)
     slices(2, show=5, lanes=lanes)
-    orphans = db.add_orphans(40)
+    orphans = db.add_orphans(100)
     report = await sweep()
-    assert (report.detected, report.recovered, report.failed) == (40, 40, 0)
+    assert (report.detected, report.recovered, report.failed) == (100, 100, 0)
     assert [v.run.id for v in report.verdicts] == orphans[:5]
     assert db.outcomes() == dict.fromkeys(orphans, "marked")
 
@@ -138,7 +138,7 @@ async def test_each_orphan_is_marked_once_also_where_all_lanes_begin_together(
 async def test_of_many_orphans_the_other_lane_does_not_wait_until_the_first_has_shown_some(
     db: Database, slices: Callable[..., None], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """Where there are few it does: else it might leave none to be shown."""
+    """Where there are few it does, else it might leave none to be shown; so it stops half way."""
     monkeypatch.setattr(judge, "MANY", 40)
     slices(2, show=5)
     orphans = db.add_orphans(count)
@@ -147,12 +147,14 @@ async def test_of_many_orphans_the_other_lane_does_not_wait_until_the_first_has_
         sweeping = asyncio.ensure_future(sweep())
         await asyncio.to_thread(db.await_lock_wait)
         if count == 40:
-            await asyncio.to_thread(until, lambda: len(db.verdicts()) >= 20, "the other lane")
-        else:
-            await asyncio.sleep(0.5)
-            assert db.verdicts() == []
+            await asyncio.to_thread(until, lambda: len(db.verdicts()) > 20, "the other lane")
+        await asyncio.sleep(0.5)
+        taken = len(db.verdicts())
         other.rollback()
-    assert (await sweeping).recovered == count
+    report = await sweeping
+    assert taken in ({21, 22, 23, 24} if count == 40 else {0})
+    assert report.recovered == count
+    assert [v.run.id for v in report.verdicts] == orphans[:5]
     assert sorted(v["run_id"] for v in db.verdicts()) == orphans
 
 

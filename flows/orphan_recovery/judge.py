@@ -47,7 +47,7 @@ from orphan_recovery.sweep import log_detected
 from orphan_recovery.verdict import Outcome, Verdict
 
 MANY: Final = 10 * SHOWN
-"""Of so many orphans the first lane finds enough to show, whatever the others take meanwhile."""
+"""Of so many orphans the other lane takes up to a half before the first has shown what it is to."""
 LARGEST_SLICE: Final = 5_000
 """Larger ones are no quicker, and keep rows locked for longer."""
 LONG, SHORT = 0.5, 0.2
@@ -86,6 +86,11 @@ class Progress:
     def shows(self, lane: Lane) -> bool:
         """Whether this lane's next slice returns its verdicts one by one."""
         return self.show > 0 and lane is self.lanes[0]
+
+    @property
+    def is_spared(self) -> bool:
+        """Whether what is left is the first lane's, so that it finds enough to show."""
+        return self.show > 0 and self.orphans - self.detected < MANY // 2
 
     def left_for(self, lane: Lane) -> Stretch:
         """What lies between the lanes, from this one's end."""
@@ -150,7 +155,8 @@ async def judge_slices(
         while not lane.is_through and time.monotonic() < give_up_at:
             if only_shown and progress.show <= 0:
                 break
-            if lane is not first and not first.is_through and progress.traffic.gives_way:
+            is_first_only = progress.traffic.gives_way or progress.is_spared
+            if lane is not first and not first.is_through and is_first_only:
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
                 continue
             await _judge_slice(engine, request, progress, lane, among)

@@ -36,7 +36,7 @@ LONGEST_PAUSE_SECONDS: Final = 0.5
 """However slow its last slice was."""
 
 ASK_AGAIN_SECONDS: Final = 0.1
-"""Between two looks of the other lanes at whether the sweep still gives way."""
+"""Between two looks of the other lanes at whether they still have to wait."""
 
 
 @dataclass(slots=True)

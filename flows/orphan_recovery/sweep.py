@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Text, and_, any_, literal, or_, select
+from sqlalchemy import ColumnElement, Text, and_, any_, false, literal, or_, select
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from orphan_recovery import RECOVERY_ENABLED
@@ -26,7 +26,7 @@ from orphan_recovery.doubt import (
     look_at_circumstances,
     look_at_server,
 )
-from orphan_recovery.hold import Decision, decide, seen_silent
+from orphan_recovery.hold import Decision, decide
 from orphan_recovery.ledger import close_sweep, ledger_there, open_sweep
 from orphan_recovery.log import logger
 from orphan_recovery.mark import settle
@@ -164,13 +164,15 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
     if request.dry_run:
         return Decision(None, None)
     if look.is_idle:
-        decision = Decision(None, seen_silent(request, look.fleet.seen_at))
+        decision = Decision(None, None)
     elif report.postponed:
         decision = await decide(db, request, look.now, look.fleet.seen_at, among=_shows_only_age)
     else:
         decision = await decide(db, request, look.now, look.fleet.seen_at, seen=look.silence)
     if request.target.lock is not None:
         decision = replace(decision, among=_seen_unlocked(look.unlocked, decision.among))
+    if not look.fleet.orphans:  # what came since was doubted by nobody: it is for the next sweep
+        decision = replace(decision, among=_none)
     return _logged(request, decision)
 
 
@@ -214,6 +216,10 @@ def _seen_unlocked(unlocked: frozenset[str], among: Among | None) -> Among:
         return twice if among is None else and_(among(table), twice)
 
     return seen
+
+
+def _none(table: RunsTable) -> ColumnElement[bool]:  # noqa: ARG001
+    return false()
 
 
 def _shows_only_age(table: RunsTable) -> ColumnElement[bool]:
