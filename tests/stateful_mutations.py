@@ -226,7 +226,8 @@ SWEEP: dict[str, Mutation] = {
     ),
     "a hold that sees no recovery": _to(hold, "_close_all", _uncontested),
     "a mark of what fell silent after the last look": _all(
-        *(_to(module, "seen_silent", lambda *_: lambda _: true()) for module in (hold, sweep))
+        _to(hold, "seen_silent", lambda *_: lambda _: true()),
+        _to(sweep, "_none", lambda _: true()),
     ),
 }
 
