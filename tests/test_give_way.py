@@ -107,14 +107,14 @@ async def test_a_sweep_gives_way_to_others(
 async def test_a_sweep_does_not_give_way_to_itself(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane, "BUSY", 5.0)
+    monkeypatch.setattr(lane, "BUSY", 20.0)
     monkeypatch.setattr(judge, "LANES", 1)
     db.add_orphans(400)
     assert (await sweep()).recovered == 400
     taken = slices(db)
-    assert len(taken) / taken[-1][0].total_seconds() > 5.0, "it was too slow to show anything"
-    # The server's own autovacuum may write now and then.
-    assert [marked for _, marked in taken].count(10) >= 30
+    assert len(taken) / taken[-1][0].total_seconds() > 20.0, "it was too slow to show anything"
+    # All but a few of forty: the server's own autovacuum may write now and then.
+    assert [marked for _, marked in taken].count(10) >= 36
 
 
 async def test_it_does_so_for_a_while_and_no_longer(
