@@ -184,7 +184,15 @@ async def _judge_slice(
 ) -> None:
     """Mark the next slice, or, if it cannot be marked as one, its first page row by row."""
     shown, left = progress.shows(lane), progress.left_for(lane)
-    take = partial(_in_lane, request=request, progress=progress, lane=lane, left=left, among=among)
+    take = partial(
+        _in_lane,
+        request=request,
+        progress=progress,
+        lane=lane,
+        left=left,
+        among=among,
+        shown=shown,
+    )
     try:
         part = await in_transaction(engine, take)
     except Exception as error:
@@ -221,14 +229,15 @@ async def _in_lane(
     lane: Lane,
     left: Stretch,
     among: Among | None,
+    shown: bool,
 ) -> Slice:
     """Take the next slice in its lane, of a size and after a pause that suit."""
     next_transaction = await enter(db, request.target, lane.number)
     if lane.number == 0:
         progress.traffic.count(next_transaction)
-    size, shown, pause = lane.size, progress.shows(lane), 0.0
+    size, pause = lane.size, 0.0
     if shown:
-        size = min(size, progress.show)
+        size = min(size, max(1, progress.show))
     to_come, lanes = progress.orphans - progress.detected, len(progress.lanes)
     if to_come > 0 and lanes > 1:  # the fewer, the smaller: so they are through at the same time
         size = min(size, max(SHOWN, to_come // (2 * lanes)))
