@@ -60,7 +60,9 @@ class Process:
         self._process.stdin.flush()
 
     def answer(self) -> Any:
-        """What it has to tell. Waits for its end."""
+        """What it has to tell. Waits for its end; whoever only stays ends by this."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         told = self._read()
         if self._process.wait() or not told:
             self._fail()

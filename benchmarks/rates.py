@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 SWEEP = ("benchmarks.sides", "sweep")
 BARE = ("benchmarks.sides", "bare")
+CONNECTED = ("benchmarks.sides", "connected")
 
 
 def rates(server: Server, size: Size) -> Measured:
@@ -103,43 +104,54 @@ def beaten(server: Server, size: Size) -> Measured:
 
 
 def four(server: Server, size: Size) -> Measured:
-    """Four sweepers at once on the same orphans, against one."""
-    fleet, ones = Fleet(size.rows, size.orphans), list[float]()
-    marked, ended = list[float](), list[float]()
+    """Four sweepers at once on the same orphans, against one; and what one has to bear from any
+    three processes beside it."""
+    fleet, seconds = Fleet(size.rows, size.orphans), dict[str, list[float]]()
+    sides = {"one": [SWEEP], "four": [SWEEP] * 4, "beside three": [SWEEP, *[CONNECTED] * 3]}
     # Three times the rounds of others: what is to be told apart is small, and a round is short.
     for number in range(3 * size.rounds):
-        for _, at_once in in_turn({"one": 1, "four": 4}, number):
+        for name, commands in in_turn(sides, number):
             with server.copy(fleet) as url:
-                ran = run_at_once(url, [SWEEP] * at_once)
+                ran = run_at_once(url, commands)
                 check_marked_once(url, size.orphans)
             assert sum(one.count for one in ran) == size.orphans
-            last = max(one.seconds for one in ran)
-            if at_once == 1:
-                ones.append(last)
-            else:
-                marked.append(max(one.seconds for one in ran if one.count))
-                ended.append(last)
+            until_marked = max(one.seconds for one in ran if one.count)
+            seconds.setdefault(name, []).append(until_marked)
+            if name == "four":
+                seconds.setdefault("ended", []).append(max(one.seconds for one in ran))
 
-    def against_one(told: str, fours: list[float], note: str) -> Result:
+    def against(other: str, told: str, ours: str, goal: Goal | None, note: str) -> Result:
+        fours, others = seconds[ours], seconds[other]
         return Result(
-            f"four sweepers at once, against one, {told}",
-            [four / one for one, four in zip(ones, fours, strict=True)],
-            Goal(1.1),
-            sides=[Side(f"four, {told}", fours, "s"), Side("one", ones, "s")],
+            told,
+            [four / one for one, four in zip(others, fours, strict=True)],
+            goal,
+            sides=[Side(ours, fours, "s"), Side(other, others, "s")],
             notes=[note],
         )
 
     return Measured(
         [
-            against_one(
-                "until all orphans are marked",
-                marked,
+            against(
+                "one",
+                "four sweepers at once, against one, until all orphans are marked",
+                "four",
+                Goal(1.1),
                 "each was marked once, with one verdict, as the ledger says",
             ),
-            against_one(
-                "until the last has ended",
-                ended,
+            against(
+                "one",
+                "four sweepers at once, against one, until the last has ended",
+                "ended",
+                Goal(1.1),
                 "the other three wait, and take over what was seen: each pays for its start",
+            ),
+            against(
+                "one",
+                "one sweeper beside three processes that only connect, against one alone",
+                "beside three",
+                None,
+                "the least that three more processes cost",
             ),
         ]
     )

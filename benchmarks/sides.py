@@ -148,6 +148,19 @@ def orm(at_most: int) -> Callable[[], int]:
     return lambda: asyncio.run(marked())
 
 
+def connected() -> Callable[[], int]:
+    """A process that connects, asks one thing, and stays until nobody wants to hear from it."""
+    sweep()  # it has loaded what a sweeper has
+
+    def stayed() -> int:
+        with psycopg.connect(_address()) as db:
+            db.execute("SELECT 1")
+            sys.stdin.read()
+        return 0
+
+    return stayed
+
+
 def idle(all_of_them: int) -> Callable[[], int]:
     """A sweep; returns how many statements it sent.
 
@@ -213,6 +226,7 @@ SIDES: Final[dict[str, Callable[..., Callable[[], int]]]] = {
     "bare": bare,
     "loop": loop,
     "orm": orm,
+    "connected": connected,
     "idle": idle,
 }
 

@@ -8,6 +8,8 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from orphan_recovery import request as request_module
 from orphan_recovery import turn
@@ -139,6 +141,26 @@ async def test_what_another_saw_is_taken_over_and_told(
         *("completed", 6, 0, 0),
     )
     assert (await run_sweep(SweepRequest(asked_by="the next"))).recovered == 1
+
+
+async def test_who_is_answered_asks_the_ledger_alone(
+    db: Database, at_work: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of fifty workers that start at once each is a guest on the server: it reads neither the runs
+    nor what the catalogue has of their table."""
+    sent = list[str]()
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        report, other = await sweep_while(db, at_work, caplog)
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert str(report.seen_by) == other
+    assert any("INSERT INTO orphan_recovery.sweeps" in one for one in sent)
+    assert not [one for one in sent if "worker_runs" in one or "pg_attribute" in one]
 
 
 async def test_it_is_taken_over_though_a_third_is_at_work(

@@ -10,10 +10,13 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery import turn
+from orphan_recovery.database import transaction
+from orphan_recovery.lane import enter as enter_lane
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.sweep import begin
+from orphan_recovery.targets import Target
 from support import Database, until
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -57,9 +60,9 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When each question was asked."""
     asked, ask = list[float](), turn._ask
 
-    async def noted(*args: Any) -> Any:
+    async def noted(*args: Any, **options: Any) -> Any:
         asked.append(time.monotonic())
-        return await ask(*args)
+        return await ask(*args, **options)
 
     monkeypatch.setattr(turn, "_ask", noted)
     return asked
@@ -87,6 +90,24 @@ async def test_a_sweep_waits_for_another_and_looks_then(
     report = await asyncio.wait_for(sweeping, SOON)
     assert (report.error, report.detected, report.ended_well) == (None, 0, True)
     assert caplog.messages.count("sweep_waits_for_another") == 1
+
+
+@pytest.mark.parametrize(
+    "table", ["worker_runs", "public.worker_runs", '"Of the team"."Worker.runs"']
+)
+async def test_who_waits_and_who_works_mean_the_same_lane(
+    db: Database, engine: AsyncEngine, table: str
+) -> None:
+    """However the table is named: in a schema, on the search path, in quotes."""
+    db.do('CREATE SCHEMA "Of the team"')
+    db.do('CREATE TABLE "Of the team"."Worker.runs" (LIKE worker_runs INCLUDING ALL)')
+    target = Target(name="of-the-team", table=table)
+    async with transaction(engine) as at_work:
+        await enter_lane(at_work, target, 1)
+        sweeping = asyncio.ensure_future(run_sweep(SweepRequest(asked_by="test", target=target)))
+        await asyncio.sleep(1.0)
+        assert (sweeping.done(), number_of_sweeps(db)) == (False, 0)
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
 async def test_it_is_not_deceived_by_the_moment_between_two_slices(

@@ -63,6 +63,7 @@ from orphan_recovery.sweep import (
     log_end,
     log_start,
     look_again_at,
+    tell_of,
 )
 from orphan_recovery.targets import DEFAULT_TARGET, find_target, load_targets
 from orphan_recovery.turn import in_turn
@@ -353,12 +354,10 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
     request, failed = report.request, list[Verdict]()
     try:
         look = await open_sweep(engine, request)
-        report.looked(
-            look.fleet, marked=look.now.marked, contested=look.now.contested, seen_by=look.seen_by
-        )
+        tell_of(look, report)
         if look.doubt is not None and not request.dry_run:
             look = await _look_again(engine, report, look, look.doubt)
-        async for hold_id, answer in undelivered_answers(look.now.open_holds):
+        async for hold_id, answer in undelivered_answers(look.open_holds):
             await _heed(engine, hold_id, answer)
         decision = await decide(engine, report, look)
         report.held = decision.held

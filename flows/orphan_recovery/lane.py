@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import BigInteger, Text, bindparam, cast, func, select
+from sqlalchemy import text
 
 from orphan_recovery.database import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Executor
 from orphan_recovery.describe import runs_table
@@ -97,30 +97,29 @@ async def enter(db: Executor, target: Target, lane: int) -> int:
         sqlalchemy.exc.DBAPIError: any database error; the lane was not to be had for as long as a
             statement may take.
     """
+    relation = (await runs_table(db, target)).relation
     settings = {"longer": str(STATEMENT_TIMEOUT_MS), "lock": str(LOCK_TIMEOUT_MS)}
-    await db.execute(_ENTER, {"lane": await _name(db, target, lane), **settings})
+    which = {"lane": str(lane), "schema": relation.schema, "name": relation.name}
+    await db.execute(_ENTER, {**which, **settings})
     return int((await db.execute(_NEXT_TRANSACTION)).scalar_one())
 
 
-async def names_of_lanes(db: Executor, target: Target) -> list[str]:
-    """What the lanes of a table are called; each is the advisory lock of its name's hash. Reads
-    the catalogue, if it must."""
-    return [await _name(db, target, number) for number in range(LANES)]
+def lock_of(lane: str, schema: str, name: str) -> str:
+    """The key of the advisory lock that a lane of a table is, in SQL; so are the arguments."""
+    return (
+        f"hashtextextended(format('orphan_recovery lane %s of %s.%s', {lane}, {schema}, {name}), 0)"
+    )
 
 
-async def _name(db: Executor, target: Target, lane: int) -> str:
-    relation = (await runs_table(db, target)).relation
-    return f"orphan_recovery lane {lane} of {relation.schema}.{relation.name}"
-
-
-_ENTER: Final = select(
-    # For its lane it may have to wait longer than for a row that somebody holds.
-    func.set_config("lock_timeout", bindparam("longer", type_=Text()), True),
-    func.pg_advisory_xact_lock(func.hashtextextended(bindparam("lane", type_=Text()), 0)),
-    func.set_config("lock_timeout", bindparam("lock", type_=Text()), True),
+# For its lane it may have to wait longer than for a row that somebody holds.
+_LOCK: Final = lock_of(*(f"CAST(:{part} AS text)" for part in ("lane", "schema", "name")))
+_ENTER: Final = text(
+    f"""
+    SELECT set_config('lock_timeout', :longer, true),
+           pg_advisory_xact_lock({_LOCK}),
+           set_config('lock_timeout', :lock, true)
+    """
 )
 
 # As it stands when the lane is entered, and so by a statement of its own.
-_NEXT_TRANSACTION: Final = select(
-    cast(cast(func.pg_snapshot_xmax(func.pg_current_snapshot()), Text), BigInteger)
-)
+_NEXT_TRANSACTION: Final = text("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")

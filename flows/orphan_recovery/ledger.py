@@ -220,7 +220,9 @@ async def open_sweep(
         counts = dict.fromkeys(("detected", "marked", "missed", "failed"), 0)
         looked |= {**counts, "ended_at": _NOW, "ended_as": Ended.COMPLETED.value}
     opened = insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing()
-    await db.execute(opened.add_cte(_closing_the_dead().cte("orphan_recovery_dead")))
+    if seen_by is None:  # who looked in its place has done that, too
+        opened = opened.add_cte(_closing_the_dead().cte("orphan_recovery_dead"))
+    await db.execute(opened)
 
 
 async def note_direct_call(db: Executor, request: SweepRequest) -> None:

@@ -31,6 +31,7 @@ from orphan_recovery.sweep import (
     log_end,
     log_start,
     look_again_at,
+    tell_of,
     whoami,
 )
 from orphan_recovery.targets import find_target
@@ -185,9 +186,7 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
         look = await retried(
             lambda: in_turn(engine, request, lambda db, other: begin(db, request, other))
         )
-        report.looked(
-            look.fleet, marked=look.now.marked, contested=look.now.contested, seen_by=look.seen_by
-        )
+        tell_of(look, report)
         if look.is_idle:  # and closed already
             return
         if look.doubt is not None and not request.dry_run:

@@ -6,43 +6,42 @@ it found, without a doubt: then whoever called could not have been told more by 
 So of fifty workers that start at once one or two look, and the others read one row.
 """
 
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ScalarSelect, Text, bindparam, func, select
+from sqlalchemy import select
 
-from orphan_recovery.database import Executor, Span
+from orphan_recovery.database import Executor
 from orphan_recovery.detect import Fleet
-from orphan_recovery.ledger import Ended, sweeps
+from orphan_recovery.ledger import sweeps
+
+WHO_ANSWERS: Final = """
+    (SELECT sweep_id FROM orphan_recovery.sweeps
+     WHERE target = :target AND question = :question
+       AND opened_at > statement_timestamp() - CAST(:called AS interval)
+       AND opened_at <= statement_timestamp()
+       -- What failed, is held, or is left to the next sweep is to be seen by each.
+       AND ended_as = 'completed' AND looked_twice IS NULL AND undatable = 0 AND ahead = 0
+       AND NOT EXISTS (SELECT FROM orphan_recovery.holds
+                       WHERE target = :target AND ended_at IS NULL)
+     ORDER BY opened_at DESC LIMIT 1)
+"""
+"""The sweep whose look answers for another's, or NULL; the latest of them.
+
+Of the parameters ``target`` and ``question`` (see :attr:`SweepRequest.question`) of the other, and
+``called``: how long ago it was called. That span is the caller's own measure, and the only thing
+here that is not the database's; where its clock stands still, or the question is long on its way,
+it is too short, and a look that would have answered does not.
+"""
 
 
-def who_answers() -> ScalarSelect[Any]:
-    """The sweep whose look answers for another's, or NULL; the latest of them.
-
-    Of the parameters ``target`` and ``question`` (see :attr:`SweepRequest.question`) of the other,
-    and ``called``: how long ago it was called. That span is the caller's own measure, and the only
-    thing here that is not the database's; where its clock stands still, or the question is long on
-    its way, it is too short, and a look that would have answered does not.
-    """
-    now = func.statement_timestamp()
-    called = now - bindparam("called", type_=Span)
-    return (
-        select(sweeps.c.sweep_id)
-        .where(sweeps.c.target == bindparam("target", type_=Text()))
-        .where(sweeps.c.question == bindparam("question", type_=Text()))
-        .where(sweeps.c.opened_at > called, sweeps.c.opened_at <= now)
-        # What failed, was held, or is left to the next sweep is to be seen by each.
-        .where(sweeps.c.ended_as == Ended.COMPLETED.value, sweeps.c.looked_twice.is_(None))
-        .where(sweeps.c.undatable == 0, sweeps.c.ahead == 0)
-        .order_by(sweeps.c.opened_at.desc())
-        .limit(1)
-        .scalar_subquery()
-    )
-
-
-async def fleet_left_by(db: Executor, sweep_id: UUID) -> Fleet:
-    """What a sweep that judged all it found saw, less what it marked. Reads the ledger only."""
+async def left_by(db: Executor, sweep_id: UUID) -> tuple[Fleet, str | None]:
+    """What a sweep that judged all it found saw, less what it marked; and the timeline that it saw.
+    Reads the ledger only."""
     left = sweeps.c.in_flight - sweeps.c.marked
-    found = select(left.label("in_flight"), sweeps.c.exempt, sweeps.c.opened_at.label("seen_at"))
-    row = (await db.execute(found.where(sweeps.c.sweep_id == sweep_id))).mappings().one()
-    return Fleet(**row, orphans=0, beating=0, undatable=0, ahead=0, ahead_workers=[])
+    found = select(left, sweeps.c.exempt, sweeps.c.opened_at, sweeps.c.timeline)
+    row = (await db.execute(found.where(sweeps.c.sweep_id == sweep_id))).one()
+    in_flight, exempt, seen_at, timeline = row
+    nothing: dict[str, Any] = {"orphans": 0, "beating": 0, "undatable": 0, "ahead": 0}
+    fleet = Fleet(in_flight=in_flight, exempt=exempt, seen_at=seen_at, ahead_workers=[], **nothing)
+    return fleet, timeline

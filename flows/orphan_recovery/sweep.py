@@ -35,7 +35,7 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ENABLED_VARIABLE, load_settings
-from orphan_recovery.shared import fleet_left_by
+from orphan_recovery.shared import left_by
 from orphan_recovery.verdict import Outcome, Verdict
 
 
@@ -53,7 +53,8 @@ def whoami(what: str) -> str:
 class Look:
     """What a sweep sees before it judges."""
 
-    now: Circumstances
+    now: Circumstances | None
+    """None where another sweep looked in this one's place."""
     fleet: Fleet
     silence: Silence | None
     """None where nothing is silent."""
@@ -69,7 +70,11 @@ class Look:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to judge and nothing to close: the common case."""
-        return self.silence is None and not self.now.open_holds
+        return self.silence is None and not self.open_holds
+
+    @property
+    def open_holds(self) -> tuple[UUID, ...]:
+        return () if self.now is None else self.now.open_holds
 
     def may_wait_for(self, doubt: Doubt) -> bool:
         """Whether the sweep can wait for that; else it is left to the next one."""
@@ -85,18 +90,19 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
         db: a transaction of the caller's.
         request: the sweep.
         seen_by: another sweep, which answers for this one (see :mod:`orphan_recovery.shared`):
-            what it saw is taken over, unless there is a hold to see to.
+            what it saw is taken over, and nothing looked at.
 
     Raises:
         ConfigurationError: the table or the ledger is not there, or the database is a standby.
     """
-    await runs_table(db, request.target)  # a description that does not fit is the first to tell
-    async with ledger_there():
-        now = await look_at_circumstances(db, request)
-    if seen_by is None or now.open_holds:
-        look = await look_at(db, request, now)
+    if seen_by is None:
+        await runs_table(db, request.target)  # a description that does not fit is the first to tell
+        async with ledger_there():
+            now = await look_at_circumstances(db, request)
+        look, timeline = await look_at(db, request, now), now.timeline
     else:
-        look = Look(now, await fleet_left_by(db, seen_by), None, None, seen_by=seen_by)
+        fleet, timeline = await left_by(db, seen_by)
+        look = Look(None, fleet, None, None, seen_by=seen_by)
     fleet = look.fleet
     if fleet.undatable:
         logger.warning("runs_without_sign_of_life", extra={"count": fleet.undatable})
@@ -110,18 +116,26 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
             db,
             request,
             fleet,
-            now.timeline,
+            timeline,
             nothing_to_do=look.is_idle,
             seen_by=look.seen_by,
         )
     return look
 
 
+def tell_of(look: Look, report: SweepReport) -> None:
+    """Keep in the report what was seen before the sweep judged."""
+    marked, contested = (0, 0) if look.now is None else (look.now.marked, look.now.contested)
+    report.looked(look.fleet, marked=marked, contested=contested, seen_by=look.seen_by)
+
+
 async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Look:
     """Look a second time: what is in doubt now is only what came while the sweep waited."""
-    look = await look_at(db, request, await look_at_server(db, before.now))
-    came_up_again = look.now.server_started_at != before.now.server_started_at
-    failed_over = look.now.other_timeline
+    assert before.now is not None  # noqa: S101 - it was in doubt of what it saw itself
+    now = await look_at_server(db, before.now)
+    look = await look_at(db, request, now)
+    came_up_again = now.server_started_at != before.now.server_started_at
+    failed_over = now.other_timeline
     waited = before.waited + (before.doubt.wait if before.doubt else timedelta(0))
     doubt = look.doubt if came_up_again or failed_over else None
     return replace(look, doubt=doubt, waited=waited, unlocked=before.unlocked & look.unlocked)
@@ -163,7 +177,7 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
     request = report.request
     if request.dry_run:
         return Decision(None, None)
-    if look.is_idle:
+    if look.now is None or look.is_idle:
         decision = Decision(None, None)
     elif report.postponed:
         decision = await decide(db, request, look.now, look.fleet.seen_at, among=_shows_only_age)

@@ -11,32 +11,19 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from functools import reduce
-from operator import add
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    Integer,
-    Row,
-    Select,
-    Text,
-    Uuid,
-    bindparam,
-    cast,
-    func,
-    literal,
-    select,
-)
+from sqlalchemy import Row, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from orphan_recovery.database import Executor, Span, this_database, transaction
-from orphan_recovery.lane import LANES, names_of_lanes
-from orphan_recovery.ledger import ledger_there, sweeps
+from orphan_recovery.database import Executor, Span, transaction
+from orphan_recovery.lane import LANES, lock_of
+from orphan_recovery.ledger import ledger_there
 from orphan_recovery.log import logger
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.shared import who_answers
+from orphan_recovery.shared import WHO_ANSWERS
+from orphan_recovery.targets import split_table
 
 T = TypeVar("T")
 
@@ -90,20 +77,20 @@ async def in_turn(
     async with transaction(engine) as connection:
         if request.dry_run:
             return await look(connection, None)
-        about = await _about(connection, request)
-        seen = await _ask(connection, _TAKE, about, called)
-        if seen.by or (seen.free == LANES and seen.open_with is None):
-            return await look(connection, seen.by)
+        about = _about(request)
+        seen = await _ask(connection, about, called, take=True)
+        if seen.answers or (seen.free == LANES and seen.open_with is None):
+            return await look(connection, seen.answers)
     fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
     logger.info("sweep_waits_for_another", extra=fields)
     ends = time.monotonic() + LONGEST_WAIT_SECONDS
     while True:
         are_dead = await _wait_for_others(engine, about, called, ends)
         async with transaction(engine) as connection:
-            seen = await _ask(connection, _TAKE, about, called)
+            seen = await _ask(connection, about, called, take=True)
             is_our_turn = seen.free == LANES and (seen.open_with is None or are_dead)
-            if seen.by or is_our_turn or time.monotonic() >= ends:
-                return await look(connection, seen.by)
+            if seen.answers or is_our_turn or time.monotonic() >= ends:
+                return await look(connection, seen.answers)
 
 
 async def _wait_for_others(
@@ -119,8 +106,8 @@ async def _wait_for_others(
     async with engine.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
         while (now := time.monotonic()) < ends:
-            seen = await _ask(connection, _LOOK, about, called)
-            if seen.by or (seen.free == LANES and seen.open_with is None):
+            seen = await _ask(connection, about, called, take=False)
+            if seen.answers or (seen.free == LANES and seen.open_with is None):
                 return False
             all_free_since = (all_free_since or now) if seen.free == LANES else None
             some_free_since = (some_free_since or now) if seen.free else None
@@ -139,54 +126,54 @@ def _pause(connections: int) -> float:
     return min(pause, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5)  # noqa: S311
 
 
-async def _about(db: Executor, request: SweepRequest) -> dict[str, Any]:
+def _about(request: SweepRequest) -> dict[str, Any]:
     """What each question is told of a sweep."""
-    lanes = enumerate(await names_of_lanes(db, request.target))
-    about = {"target": request.target.name, "sweep_id": request.sweep_id}
-    return {**{f"lane_{n}": name for n, name in lanes}, **about, "question": request.question}
+    schema, name = split_table(request.target.table)
+    about = {"target": request.target.name, "sweep_id": request.sweep_id, "schema": schema}
+    return {**about, "name": name, "question": request.question}
 
 
-async def _ask(
-    db: Executor, question: Select[Any], about: dict[str, Any], called: float
-) -> Row[Any]:
+async def _ask(db: Executor, about: dict[str, Any], called: float, *, take: bool) -> Row[Any]:
+    """Ask, and take what lanes are free until the transaction ends, or none of them."""
+    since = timedelta(seconds=time.monotonic() - called)
     async with ledger_there():
-        return (await db.execute(question, {**about, "called": _since(called)})).one()
+        return (await db.execute(_QUESTION, {**about, "called": since, "take": take})).one()
 
 
-def _since(called: float) -> timedelta:
-    return timedelta(seconds=time.monotonic() - called)
-
-
-def _question(try_lock: Callable[..., Any]) -> Select[Any]:
-    """How many lanes are free; how many orphans another sweep has found that the ledger has as
-    open of late, NULL if there is none; and which other has seen what this one would."""
-    lanes = [bindparam(f"lane_{number}", type_=Text()) for number in range(LANES)]
-    tried = [try_lock(func.hashtextextended(lane, 0), type_=Boolean()) for lane in lanes]
-    found = select(func.max(func.coalesce(sweeps.c.detected, 0))).where(
-        sweeps.c.target == bindparam("target", type_=Text()),
-        sweeps.c.opened_at > func.statement_timestamp() - literal(OPEN_FOR, Span),
-        sweeps.c.ended_at.is_(None),
-        sweeps.c.sweep_id != bindparam("sweep_id", type_=Uuid()),
-    )
-    return select(
-        reduce(add, (cast(lane, Integer) for lane in tried)).label("free"),
-        found.scalar_subquery().label("open_with"),
-        who_answers().label("by"),
+def _is_free(lane: int) -> str:
+    """Whether a lane is, in SQL. Who does not take it asks without a trace, so that no two that
+    ask take each other for one at work; and by a statement that is a transaction by itself, for
+    until its end nobody could enter."""
+    lock = lock_of(str(lane), "schemas.nspname", "tables.relname")
+    return (
+        f"CASE WHEN :take THEN pg_try_advisory_xact_lock({lock})"
+        f" ELSE pg_try_advisory_xact_lock_shared({lock}) END"
     )
 
 
-_SESSIONS = func.pg_stat_get_activity(None).table_valued("application_name", "datid")
-# The function itself: the view would join each session to its role and database, at each question.
-_CONNECTIONS: Final = (
-    select(func.count())
-    .select_from(_SESSIONS)
-    .where(_SESSIONS.c.application_name == func.current_setting("application_name"))
-    .where(_SESSIONS.c.datid == this_database())
-    .scalar_subquery()
-    .label("connections")
+# Of the table only its name is looked up: who then waits, or need not look, never reads the rest
+# of the catalogue. That there is no such table is for the look to say.
+_QUESTION: Final = text(
+    f"""
+    SELECT {" + ".join(f"({_is_free(lane)})::int" for lane in range(LANES))} AS free,
+           -- The orphans of one that the ledger has as open of late; NULL if there is none.
+           (SELECT max(coalesce(detected, 0)) FROM orphan_recovery.sweeps
+            WHERE target = :target AND ended_at IS NULL AND sweep_id <> :sweep_id
+              AND opened_at > statement_timestamp() - CAST(:open_for AS interval)) AS open_with,
+           {WHO_ANSWERS} AS answers,
+           -- Of ours. By the function: its view would join each to its role and database.
+           (SELECT count(*) FROM pg_stat_get_activity(NULL)
+            WHERE application_name = current_setting('application_name')
+              AND datid = (SELECT oid FROM pg_catalog.pg_database
+                           WHERE datname = current_database())) AS connections
+    FROM (SELECT to_regclass(concat_ws('.', quote_ident(:schema), quote_ident(:name))) AS oid)
+         AS asked
+    LEFT JOIN pg_catalog.pg_class AS tables ON tables.oid = asked.oid
+    LEFT JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = tables.relnamespace
+    """  # noqa: S608 - of constants
+).bindparams(
+    bindparam("called", type_=Span),
+    bindparam("open_for", OPEN_FOR, type_=Span),
 )
-_TAKE: Final = _question(func.pg_try_advisory_xact_lock)
-"""What it can take it keeps until the transaction ends."""
-_LOOK: Final = _question(func.pg_try_advisory_xact_lock_shared).add_columns(_CONNECTIONS)
-"""To be asked without a transaction: in one, nobody could enter a lane until it ends. Further, how
-many connections of ours there are."""
+"""As text: who waits comes cold, and to build it from parts takes as long as all else until then.
+"""
