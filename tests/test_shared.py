@@ -200,6 +200,16 @@ async def test_else_a_sweep_looks_itself(
     assert (report.seen_by, report.recovered, db.status(orphan)) == (None, 1, "crashed")
 
 
+async def test_one_that_only_took_over_what_another_saw_answers_for_nobody(
+    db: Database, at_work: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever is told to see there what was marked finds it."""
+    db.add_orphans(1)
+    looked_itself = looked(db, SweepRequest(asked_by="test"), ago=timedelta(hours=1))
+    report, _ = await sweep_while(db, at_work, caplog, seen_by=looked_itself)
+    assert (report.seen_by, report.recovered) == (None, 1)
+
+
 async def test_a_sweep_with_a_limit_looks_itself(
     db: Database, at_work: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -301,6 +301,22 @@ async def test_who_waits_holds_up_nobody(db: Database, other: Connection) -> Non
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
+async def test_no_two_that_wait_take_each_other_for_one_at_work(
+    db: Database, engine: AsyncEngine
+) -> None:
+    """However many ask at the same moment."""
+    about = turn._about(SweepRequest(asked_by="test"))
+    now = time.monotonic()
+    async with transaction(engine) as one, transaction(engine) as another:
+        free = [(await turn._ask(db, about, now, take=False)).free for db in (one, another)]
+        assert free == [2, 2]
+        # One that takes its turn is at work.
+        assert (await turn._ask(one, about, now, take=True)).free == 0
+    async with transaction(engine) as one, transaction(engine) as another:
+        taken = [(await turn._ask(db, about, now, take=True)).free for db in (one, another)]
+        assert taken == [2, 0]
+
+
 async def test_a_dry_run_waits_for_nobody(db: Database, other: Connection) -> None:
     [orphan] = db.add_orphans(1)
     report = await asyncio.wait_for(sweep(dry_run=True), SOON)

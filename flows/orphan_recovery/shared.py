@@ -18,6 +18,7 @@ from orphan_recovery.ledger import sweeps
 WHO_ANSWERS: Final = """
     (SELECT sweep_id FROM orphan_recovery.sweeps
      WHERE target = :target AND question = :question
+       AND seen_by IS NULL  -- it looked itself: what was marked is told there
        AND opened_at > statement_timestamp() - CAST(:called AS interval)
        AND opened_at <= statement_timestamp()
        -- What failed, is held, or is left to the next sweep is to be seen by each.
