@@ -194,8 +194,10 @@ def scaling(server: Server, size: Size) -> Measured:
 
 
 def in_turn(sides: dict[str, T], number: int) -> list[tuple[str, T]]:
-    """The sides of a round; every second one begins with the last."""
-    return list(sides.items())[:: -1 if number % 2 else 1]
+    """The sides of a round, in another order than in the one before; each comes to every place."""
+    first = number // 2 % len(sides)
+    ordered = list(sides.items())
+    return (ordered[first:] + ordered[:first])[:: -1 if number % 2 else 1]
 
 
 def check_marked_once(url: str, orphans: int) -> None:
