@@ -81,7 +81,8 @@ def main() -> None:
         asked.json.write_text(json.dumps(told, indent=2) + "\n")
     if asked.docs:
         drawn = plots.draw(measured.series, asked.docs)
-        console.print("drawn:", *(map(str, drawn)), sep=" ")
+        paths = " ".join(map(str, drawn)) or "nothing: the plots need the extra bench (matplotlib)"
+        console.print(f"drawn: {paths}")
 
 
 def figures(ready: Server, measured: Measured) -> dict[str, Any]:

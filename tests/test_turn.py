@@ -172,6 +172,36 @@ async def test_a_sweep_does_not_wait_for_itself(
     await asyncio.wait_for(turn.in_turn(engine, request, lambda db, _: begin(db, request)), SOON)
 
 
+async def test_a_second_look_waits_for_its_turn_too(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another may have begun while it waited for whoever lives to beat."""
+    caplog.set_level("INFO", "orphan_recovery")
+    dead = db.add_run("dead", beat="2 hours")
+    db.do(  # no sweep has looked since, so it looks twice
+        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+        " threshold, scope, version, in_flight, opened_at, ended_at, ended_as)"
+        " VALUES (gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 min', '{}', '0',"
+        " 0, now() - interval '3 hours', now() - interval '3 hours', 'completed')"
+    )
+    request = SweepRequest(asked_by="test", target=Target(name="default", heartbeat_seconds=2))
+    sweeping = asyncio.ensure_future(run_sweep(request))
+
+    async def told(event: str) -> None:
+        await asyncio.to_thread(until, lambda: event in caplog.messages, event)
+
+    with db.connect() as other:
+        await told("sweep_looks_twice")
+        enter(other)
+        await told("sweep_waits_for_another")
+        await asyncio.sleep(0.5)
+        assert db.status(dead) == "running"
+        other.rollback()
+        report = await asyncio.wait_for(sweeping, SOON)
+    assert report.looked_twice is not None
+    assert (report.error, report.recovered) == (None, 1)
+
+
 async def test_an_open_sweep_tells_how_many_it_found(db: Database, engine: AsyncEngine) -> None:
     """To whoever waits for it, and to an operator."""
     db.add_orphans(3)
@@ -219,6 +249,12 @@ async def test_of_many_that_wait_each_asks_less_often(
     other.rollback()
     reports = await asyncio.wait_for(asyncio.gather(*sweeping), 2 * SOON)
     assert [report.error for report in reports] == [None] * 4
+
+
+def test_not_all_that_wait_ask_at_the_same_moment() -> None:
+    pauses = [turn._pause(connections=1) for _ in range(200)]
+    assert max(pauses) > 1.2 * turn.SHORTEST_PAUSE_SECONDS
+    assert min(pauses) < 0.8 * turn.SHORTEST_PAUSE_SECONDS
 
 
 async def test_however_many_connections_there_are_it_goes_on_soon(
