@@ -135,9 +135,13 @@ def _about(request: SweepRequest) -> dict[str, Any]:
 
 async def _ask(db: Executor, about: dict[str, Any], called: float, *, take: bool) -> Row[Any]:
     """Ask, and take what lanes are free until the transaction ends, or none of them."""
-    since = timedelta(seconds=time.monotonic() - called)
+    asked = {**about, "called": _since(called), "take": take}
     async with ledger_there():
-        return (await db.execute(_QUESTION, {**about, "called": since, "take": take})).one()
+        return (await db.execute(_QUESTION, asked)).one()
+
+
+def _since(called: float) -> timedelta:
+    return timedelta(seconds=time.monotonic() - called)
 
 
 def _is_free(lane: int) -> str:
