@@ -120,34 +120,31 @@ def four(server: Server, size: Size) -> Measured:
             if name == "four":
                 seconds.setdefault("ended", []).append(max(one.seconds for one in ran))
 
-    def against(other: str, told: str, ours: str, goal: Goal | None, note: str) -> Result:
-        fours, others = seconds[ours], seconds[other]
+    def against_one(told: str, ours: str, goal: Goal | None, note: str) -> Result:
+        took, ones = seconds[ours], seconds["one"]
         return Result(
             told,
-            [four / one for one, four in zip(others, fours, strict=True)],
+            [many / one for one, many in zip(ones, took, strict=True)],
             goal,
-            sides=[Side(ours, fours, "s"), Side(other, others, "s")],
+            sides=[Side(ours, took, "s"), Side("one", ones, "s")],
             notes=[note],
         )
 
     return Measured(
         [
-            against(
-                "one",
+            against_one(
                 "four sweepers at once, against one, until all orphans are marked",
                 "four",
                 Goal(1.1),
                 "each was marked once, with one verdict, as the ledger says",
             ),
-            against(
-                "one",
+            against_one(
                 "four sweepers at once, against one, until the last has ended",
                 "ended",
                 Goal(1.1),
                 "the other three wait, and take over what was seen: each pays for its start",
             ),
-            against(
-                "one",
+            against_one(
                 "one sweeper beside three processes that only connect, against one alone",
                 "beside three",
                 None,

@@ -207,7 +207,7 @@ _LIMITS: Final = text(
            set_config('intervalstyle', 'postgres', true)
     """
 )
-"""As text: built from parts it would cost each process that connects two milliseconds."""
+"""As text, so that who only waits for another sweep builds no statement from parts."""
 
 
 @asynccontextmanager
