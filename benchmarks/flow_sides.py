@@ -20,7 +20,8 @@ from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
 from benchmarks.sides import THRESHOLD_MINUTES, serve
-from orphan_recovery.flow import TASKS_AT_ONCE, recover_all_targets, recover_orphaned_runs
+from orphan_recovery.all_targets_flow import recover_all_targets
+from orphan_recovery.flow import TASKS_AT_ONCE, recover_orphaned_runs
 from orphan_recovery.policy import retry_plan
 
 CAN_SLICE: Final = "task_each_up_to" in signature(recover_orphaned_runs.fn).parameters

@@ -30,7 +30,7 @@ from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 
 INTERVAL = 2.0
 SWEEP_EVERY = 2.0

@@ -23,7 +23,8 @@ from orphan_recovery.demo.processes import Child, Processes
 from orphan_recovery.policy import RetryPlan
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.targets import Rule, Target, find_target
+from orphan_recovery.target import Rule, Target
+from orphan_recovery.targets import find_target
 from support import Database, until
 
 WORKER = Path(__file__).with_name("alive") / "worker.py"

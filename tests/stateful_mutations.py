@@ -17,7 +17,7 @@ from psycopg import sql
 from sqlalchemy import Select, Table, Update, cast, false, literal, select, true
 from sqlalchemy.dialects.postgresql import TIMESTAMP, Insert, insert
 
-from orphan_recovery import condemn, detect, hold, ledger, mark, runs, sweep, turn
+from orphan_recovery import condemn, detect, hold, ledger, mark, record, runs, sweep, turn
 from orphan_recovery.alive import beat, write
 from orphan_recovery.detect import Silence
 from stateful_world import LEDGER, LONG_BEFORE
@@ -78,7 +78,7 @@ class _Inserted(Insert):
 
 def _conflicting(table: Table) -> Mutation:
     """What is in ``table`` already is inserted all the same."""
-    return _to(ledger, "insert", lambda into: (_Inserted if into is table else insert)(into))
+    return _to(record, "insert", lambda into: (_Inserted if into is table else insert)(into))
 
 
 def _seeing(**clauses: Any) -> Mutation:

@@ -20,7 +20,7 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from orphan_recovery import database
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 from support import Database
 
 CLOCK: Final = """

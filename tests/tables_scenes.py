@@ -1,6 +1,6 @@
 """Seven runs tables as real systems have them: what they are made of, and who in them is dead."""
 
-from orphan_recovery.targets import Columns, Target
+from orphan_recovery.target import Columns, Target
 from tables_support import Scene
 
 # Rails: bigint keys, an integer for each status, naive times in UTC.

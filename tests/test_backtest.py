@@ -26,7 +26,7 @@ from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Columns, Elsewhere, Rule, Target
+from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from prefect_support import Api, flow_run_of
 from support import Database, free_port
 from tables_support import configure, set_for_all

@@ -15,7 +15,7 @@ from orphan_recovery.doctor import Finding, Level, examine
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.targets import Columns, Elsewhere, Rule, Target
+from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from prefect_support import Api, client_of, deploy
 from support import Database, free_port
 from test_cli import run

@@ -28,7 +28,7 @@ from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport, as_markdown
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 from prefect_support import run
 from support import Database, until
 

@@ -20,7 +20,8 @@ from orphan_recovery.hold import approve
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport, as_markdown
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.targets import Columns, Target, find_target
+from orphan_recovery.target import Columns, Target
+from orphan_recovery.targets import find_target
 from prefect_support import run
 from support import Database, until
 from test_sql import a_role, printed, psql, seen_by

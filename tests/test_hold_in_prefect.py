@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from conftest import _database
-from orphan_recovery.flow import SweepFailed, recover_all_targets, recover_orphaned_runs
+from orphan_recovery.all_targets_flow import recover_all_targets
+from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
 from prefect_support import Api, client_of, deploy, flow_run_of, marks, process, run, sweep
 from support import Database, until
 

@@ -12,7 +12,8 @@ from orphan_recovery.detect import detect
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
-from orphan_recovery.targets import Target, find_target
+from orphan_recovery.target import Target
+from orphan_recovery.targets import find_target
 from support import Database
 from test_cli import run
 

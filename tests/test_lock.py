@@ -35,10 +35,10 @@ from lock_support import (
 from orphan_recovery import ConfigurationError
 from orphan_recovery.alive import LostBy, claim, keep_alive
 from orphan_recovery.alive.lock import Locks
-from orphan_recovery.ledger import note_direct_call
 from orphan_recovery.mark import mark_one
+from orphan_recovery.record import note_direct_call
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 from orphan_recovery.verdict import Outcome
 from support import Database, until
 from tables_support import configure, look, outcome_of, seen

@@ -19,8 +19,8 @@ from prefect.client.schemas.objects import State
 
 from conftest import _database
 from orphan_recovery import ConfigurationError, recover_orphaned_runs, recover_target
+from orphan_recovery.all_targets_flow import recover_all_targets
 from orphan_recovery.database import database_url
-from orphan_recovery.flow import recover_all_targets
 from orphan_recovery.migrate import migrate
 from orphan_recovery.targets import find_target
 from prefect_support import ROOT, Api, client_of, deploy, flow_run_of, marks, process, run, sweep

@@ -24,7 +24,8 @@ from conftest import _database
 from orphan_recovery.migrate import migrate
 from orphan_recovery.request import DEFAULT_REASON
 from orphan_recovery.run import WorkerRun
-from orphan_recovery.targets import Columns, Elsewhere, Rule, Target, load_targets
+from orphan_recovery.target import Columns, Elsewhere, Rule, Target
+from orphan_recovery.targets import load_targets
 from support import Database
 from tables_support import seen, sweep
 

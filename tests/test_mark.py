@@ -19,9 +19,9 @@ from orphan_recovery import (
     detect_orphaned_runs,
     mark_run_as_crashed,
 )
-from orphan_recovery.ledger import note_direct_call
 from orphan_recovery.mark import mark
 from orphan_recovery.policy import is_transient
+from orphan_recovery.record import note_direct_call
 from orphan_recovery.request import SweepRequest
 from support import Database
 

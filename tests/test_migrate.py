@@ -9,7 +9,7 @@ import pytest
 from orphan_recovery import ConfigurationError, recover_orphaned_runs
 from orphan_recovery import migrate as schema
 from orphan_recovery.migrate import Migration, migrate, newest_revisions, unmigrate
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 from support import Database
 
 COLUMNS = {

@@ -19,8 +19,8 @@ from orphan_recovery import (
     recover_orphaned_runs,
 )
 from orphan_recovery.database import transaction
-from orphan_recovery.ledger import close_sweep
 from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan, retrying
+from orphan_recovery.record import close_sweep
 from orphan_recovery.request import SweepRequest
 from support import Database, free_port
 

@@ -24,7 +24,7 @@ from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.review import as_sql
-from orphan_recovery.targets import Columns, Elsewhere, Target
+from orphan_recovery.target import Columns, Elsewhere, Target
 from support import Database
 from test_cli import run
 

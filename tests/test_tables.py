@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.migrate import migrate
 from orphan_recovery.summarize import summarize_target
-from orphan_recovery.targets import Columns, Target
+from orphan_recovery.target import Columns, Target
 from support import Database
 from tables_scenes import COMPOSITE, PRISMA, RAILS, SCENES
 from tables_support import Scene, do, look, outcome_of, request, seen, set_for_all, sweep

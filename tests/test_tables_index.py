@@ -11,7 +11,7 @@ from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import orphans
 from orphan_recovery.doctor import explain
 from orphan_recovery.migrate import migrate
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 from support import Database
 from tables_support import do, names_in, request, simple
 

@@ -16,7 +16,7 @@ from orphan_recovery.detect import orphans
 from orphan_recovery.doctor import explain
 from orphan_recovery.migrate import migrate, unmigrate
 from orphan_recovery.summarize import summarize_target
-from orphan_recovery.targets import Columns, Target
+from orphan_recovery.target import Columns, Target
 from support import Database
 from tables_support import do, names_in, request, sweep
 

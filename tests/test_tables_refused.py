@@ -7,7 +7,7 @@ from psycopg import sql
 
 from orphan_recovery import ConfigurationError
 from orphan_recovery.migrate import migrate
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 from support import Database
 from tables_support import do, seen
 

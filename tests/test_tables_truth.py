@@ -7,7 +7,7 @@ import pytest
 from psycopg import sql
 
 from orphan_recovery.migrate import migrate, unmigrate
-from orphan_recovery.targets import Columns, Target
+from orphan_recovery.target import Columns, Target
 from support import Database
 from tables_support import do, sweep
 

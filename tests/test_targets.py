@@ -20,7 +20,8 @@ from orphan_recovery import ConfigurationError
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.targets import Elsewhere, Rule, find_target, load_targets, split_table
+from orphan_recovery.target import Elsewhere, Rule, split_table
+from orphan_recovery.targets import find_target, load_targets
 from support import Database, free_port
 from test_cli import run
 

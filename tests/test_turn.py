@@ -16,7 +16,7 @@ from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.sweep import begin
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 from support import Database, until
 
 Connection = psycopg.Connection[dict[str, Any]]

@@ -54,7 +54,7 @@ from orphan_recovery.replay import (
     verdicts_that_stand,
 )
 from orphan_recovery.settings import ConfigurationError, check_threshold
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 
 LADDER: Final = (1, 2, 5, 10, 15, 30, 60, 120, 240)
 """The thresholds in minutes that are replayed where none are asked for; with the target's own."""

@@ -18,7 +18,8 @@ from orphan_recovery.backtest_report import as_dict, as_markdown, as_rows, headl
 from orphan_recovery.database import describe
 from orphan_recovery.policy import retrying
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
-from orphan_recovery.targets import DEFAULT_TARGET, find_target
+from orphan_recovery.target import DEFAULT_TARGET
+from orphan_recovery.targets import find_target
 
 FLOW_NAME = "backtest-thresholds"
 KEY = "orphan-recovery-backtest"

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from orphan_recovery.backtest import FEW, AtThreshold, Backtest, UnderRule
 from orphan_recovery.report import iso, span
-from orphan_recovery.targets import DEFAULT_TARGET, where
+from orphan_recovery.target import DEFAULT_TARGET
+from orphan_recovery.targets import where
 
 WIDEST_BAR: Final = 60
 _BLOCKS: Final = "▏▎▍▌▋▊▉█"

@@ -34,7 +34,8 @@ from orphan_recovery.cli_options import (
 from orphan_recovery.log import EventFormatter, logger
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, find_target, load_targets
+from orphan_recovery.target import Target
+from orphan_recovery.targets import find_target, load_targets
 
 if TYPE_CHECKING:
     from orphan_recovery.report import SweepReport

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from orphan_recovery.cli_options import AsJson, TargetName
 from orphan_recovery.settings import ConfigurationError, load_settings
-from orphan_recovery.targets import CONFIG_FILE, Target, find_target, load_targets
+from orphan_recovery.target import Target
+from orphan_recovery.targets import CONFIG_FILE, find_target, load_targets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -34,7 +34,7 @@ from orphan_recovery.redact import redact
 from orphan_recovery.settings import DATABASE_VARIABLES, ConfigurationError, load_settings
 
 if TYPE_CHECKING:
-    from orphan_recovery.targets import Target
+    from orphan_recovery.target import Target
 
 Executor = AsyncConnection | AsyncSession
 """What the verbs run on: our own connection, or the session of a caller."""

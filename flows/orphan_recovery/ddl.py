@@ -17,7 +17,7 @@ from orphan_recovery.catalog import Relation
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import split_table
+from orphan_recovery.target import split_table
 
 DEFAULT_ROLE: Final = "orphan_recovery_sweep"
 TRUTH_TRIGGER: Final = "prevent_worker_run_mutation"

@@ -21,12 +21,8 @@ from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
 
-from orphan_recovery.flow import (
-    ALL_FLOW_NAME,
-    FLOW_NAME,
-    recover_all_targets,
-    recover_orphaned_runs,
-)
+from orphan_recovery.all_targets_flow import ALL_FLOW_NAME, recover_all_targets
+from orphan_recovery.flow import FLOW_NAME, recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target, load_targets

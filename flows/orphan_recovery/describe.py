@@ -29,7 +29,8 @@ from orphan_recovery.catalog import ColumnFacts, Relation, accepts, look_up, sim
 from orphan_recovery.database import Executor
 from orphan_recovery.runs import ROLES, TIMES, Kept, RunsTable, as_utc, key_role
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, split_table, where
+from orphan_recovery.target import Target, split_table
+from orphan_recovery.targets import where
 
 _AWARE = TIMESTAMP(timezone=True)
 

@@ -25,7 +25,7 @@ from orphan_recovery.rules import in_words, number_of, reason_of, shortest, thre
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import TIMES, RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 
 Among = Callable[[RunsTable], ColumnElement[bool]]
 """Which runs, of a table that is not known yet."""

@@ -29,7 +29,8 @@ from orphan_recovery.rules import shortest
 from orphan_recovery.runs import ROLES, RunsTable
 from orphan_recovery.schedule import DEFAULT_INTERVAL, Schedule, look_up_schedule
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, where
+from orphan_recovery.target import Target
+from orphan_recovery.targets import where
 
 OLDEST_SERVER: Final = 140_000
 """Postgres 14, as ``server_version_num`` has it."""

@@ -65,14 +65,14 @@ from orphan_recovery.sweep import (
     look_again_at,
     tell_of,
 )
-from orphan_recovery.targets import DEFAULT_TARGET, find_target, load_targets
+from orphan_recovery.target import DEFAULT_TARGET
+from orphan_recovery.targets import find_target
 from orphan_recovery.turn import in_turn
 from orphan_recovery.verdict import Outcome, Verdict
 
 T = TypeVar("T")
 
 FLOW_NAME = "recover-orphaned-runs"
-ALL_FLOW_NAME = "recover-all-targets"
 MOST_TASKS = 10_000
 TASKS_AT_ONCE = 64
 """Task runs side by side. They mark together, so that each needs no connection of its own."""
@@ -302,52 +302,6 @@ async def _heed(engine: AsyncEngine, hold_id: UUID | None, answer: Answer) -> st
         )
     get_run_logger().warning("hold %s was released by %s", hold_id, answer.your_name)
     return None
-
-
-@flow(name=ALL_FLOW_NAME, persist_result=False)
-async def recover_all_targets(
-    dry_run: bool = False,
-    reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_LENGTH)] = DEFAULT_REASON,
-    at_once: Annotated[int, Field(ge=1, le=64)] = 1,
-) -> State[Any]:
-    """Sweep every target in orphan-recovery.toml, each as a flow run of its own.
-
-    A target whose database is broken fails its own flow run, and no other.
-
-    Args:
-        dry_run: Only look: list what would be judged and write nothing at all.
-        reason: What the error text of each marked run begins with.
-        at_once: Targets that are swept side by side. More than one needs a Prefect server that
-            runs on Postgres: one on SQLite may stall for a minute.
-    """
-    targets = load_targets()
-    places = asyncio.Semaphore(at_once)
-
-    async def swept(name: str) -> State[Any]:
-        sweep = recover_orphaned_runs.with_options(flow_run_name=f"sweep-{name}")
-        async with places:
-            return await sweep(target=name, dry_run=dry_run, reason=reason, return_state=True)
-
-    states = dict(
-        zip(targets, await asyncio.gather(*(swept(name) for name in targets)), strict=True)
-    )
-    failed = [name for name, state in states.items() if not (state.is_completed() or _held(state))]
-    held = [name for name, state in states.items() if _held(state)]
-    told = "; ".join(
-        f"{name}: {(state.message or str(state.name)).removeprefix(f'{name}: ')}"
-        for name, state in states.items()
-    )
-    if failed:
-        message = f"{len(failed)} of {len(states)} targets FAILED ({', '.join(failed)}). {told}"
-        return Failed(message=message)
-    if held:
-        message = f"{len(held)} of {len(states)} targets HELD ({', '.join(held)}). {told}"
-        return Failed(name=HELD, message=message)
-    return Completed(message=f"{len(states)} targets {'looked at' if dry_run else 'swept'}. {told}")
-
-
-def _held(state: State[Any]) -> bool:
-    return state.name == HELD
 
 
 async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.sql.elements import quoted_name
 
 from orphan_recovery.catalog import ColumnFacts, Relation, look_up
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, split_table
+from orphan_recovery.target import Target, split_table
 
 # Without underscores and in lower case, so that createdAt and created_at are one; the likelier
 # name first.

@@ -38,7 +38,7 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 from orphan_recovery.verdict import Outcome
 
 APPROVED_FOR: Final = timedelta(minutes=60)

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from orphan_recovery.database import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_MS, Executor
 from orphan_recovery.describe import runs_table
 from orphan_recovery.slices import Position
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 
 LANES: Final = 2
 """Slices at once, in all sweeps of a table together: while one waits, for the disk or for its

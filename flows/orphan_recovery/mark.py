@@ -32,14 +32,16 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
 from orphan_recovery.database import Executor, Span, server_started
 from orphan_recovery.describe import runs_table
-from orphan_recovery.ledger import note_direct_call, record, require_ledger, verdicts
+from orphan_recovery.ledger import require_ledger, verdicts
 from orphan_recovery.log import logger
+from orphan_recovery.record import note_direct_call, record
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, find_target
+from orphan_recovery.target import Target
+from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
 _AWARE = TIMESTAMP(timezone=True)

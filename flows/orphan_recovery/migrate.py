@@ -31,7 +31,8 @@ from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA, sweeps
 from orphan_recovery.policy import sqlstate
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, find_target
+from orphan_recovery.target import Target
+from orphan_recovery.targets import find_target
 
 LOCK_TIMEOUT_MS: Final = 5_000
 WAIT_SECONDS: Final = 60

@@ -36,7 +36,7 @@ from orphan_recovery.database import Span
 from orphan_recovery.ledger import contests, verdicts
 from orphan_recovery.rules import BY_THRESHOLD
 from orphan_recovery.runs import TIMES, RunsTable
-from orphan_recovery.targets import MATCHED, Rule, Target
+from orphan_recovery.target import MATCHED, Rule, Target
 from orphan_recovery.verdict import Outcome
 
 MOST_TASKS: Final = 5

@@ -14,7 +14,7 @@ from orphan_recovery.detect import Fleet
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import ENABLED_VARIABLE
-from orphan_recovery.targets import DEFAULT_TARGET
+from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.verdict import Outcome, Verdict
 
 SHOWN: Final = 1_000

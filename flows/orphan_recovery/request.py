@@ -14,7 +14,8 @@ from uuid import UUID, uuid4
 
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import ConfigurationError, check_threshold
-from orphan_recovery.targets import Target, find_target
+from orphan_recovery.target import Target
+from orphan_recovery.targets import find_target
 
 DEFAULT_REASON: Final = "orphaned: no sign of life from its worker"
 MAX_REASON_LENGTH: Final = 1_000

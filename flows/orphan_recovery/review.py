@@ -12,7 +12,7 @@ from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.migrate import VERSION_TABLE, default_table_ddl, ledger_sql, revisions
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.targets import DEFAULT_TABLE, Target
+from orphan_recovery.target import DEFAULT_TABLE, Target
 
 
 def as_sql(

@@ -13,7 +13,7 @@ from orphan_recovery.database import Span
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
 from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 
 BY_THRESHOLD = 0
 """The number of no rule: the sweep's own threshold."""

@@ -42,7 +42,7 @@ from sqlalchemy.types import TypeEngine
 from orphan_recovery.catalog import ColumnFacts, Relation
 from orphan_recovery.database import this_database
 from orphan_recovery.run import Evidence
-from orphan_recovery.targets import Columns, Target
+from orphan_recovery.target import Columns, Target
 
 TIMES: Final = ("created_at", "started_at", "heartbeat_at")
 """The run's own signs of life, by role."""

@@ -15,7 +15,8 @@ from orphan_recovery.doubt import CONTESTS_WITHIN
 from orphan_recovery.ledger import SCHEMA, contests, verdicts
 from orphan_recovery.report import iso
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.targets import Target, find_target
+from orphan_recovery.target import Target
+from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome
 
 

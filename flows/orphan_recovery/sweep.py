@@ -27,9 +27,10 @@ from orphan_recovery.doubt import (
     look_at_server,
 )
 from orphan_recovery.hold import Decision, decide
-from orphan_recovery.ledger import close_sweep, ledger_there, open_sweep
+from orphan_recovery.ledger import ledger_there
 from orphan_recovery.log import logger
 from orphan_recovery.mark import settle
+from orphan_recovery.record import close_sweep, open_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence, WorkerRun

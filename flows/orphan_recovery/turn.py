@@ -23,7 +23,7 @@ from orphan_recovery.ledger import ledger_there
 from orphan_recovery.log import logger
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.shared import WHO_ANSWERS
-from orphan_recovery.targets import split_table
+from orphan_recovery.target import split_table
 
 T = TypeVar("T")
 

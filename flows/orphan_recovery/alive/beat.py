@@ -33,7 +33,8 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.runs import RunsTable, stored
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, where
+from orphan_recovery.target import Target
+from orphan_recovery.targets import where
 
 _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 

@@ -28,7 +28,8 @@ from orphan_recovery.database import describe, make_engine, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.log import logger
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, where
+from orphan_recovery.target import Target
+from orphan_recovery.targets import where
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -19,7 +19,7 @@ from orphan_recovery.alive.beat import Beaten, found, look, lost_by
 from orphan_recovery.alive.lost import RunLost
 from orphan_recovery.describe import runs_table
 from orphan_recovery.runs import RunsTable, lock_key
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 
 LOST_AFTER_BEATS: Final = 2
 """As long as a sweep waits between its two looks."""

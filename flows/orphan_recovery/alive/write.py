@@ -17,12 +17,13 @@ from orphan_recovery.alive.beater import await_future, beater_of
 from orphan_recovery.alive.lost import LostBy, RunLost
 from orphan_recovery.database import address, describe, transaction
 from orphan_recovery.describe import runs_table
-from orphan_recovery.ledger import record_contest
 from orphan_recovery.log import logger
 from orphan_recovery.policy import is_outage, retrying
+from orphan_recovery.record import record_contest
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.targets import Target, find_target, where
+from orphan_recovery.target import Target
+from orphan_recovery.targets import find_target, where
 
 _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 

@@ -28,7 +28,7 @@ from orphan_recovery.demo.stage import Stage
 from orphan_recovery.demo.worker import Order
 from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
-from orphan_recovery.targets import Target
+from orphan_recovery.target import Target
 
 THRESHOLD: Final = timedelta(minutes=1)
 REASON: Final = "demo: no sign of life from its worker"
