@@ -2,7 +2,7 @@
 
     python benchmarks/signs_of_life.py [--runs 10000] [--beats 6] [--json FILE]
 
-Real processes, a real Postgres (TEST_DATABASE_URL, or an embedded one). Every figure is the
+Real processes, a real Postgres (BENCH_DATABASE_URL, or an embedded one). Every figure is the
 server's own: statements, transactions, bytes of write-ahead log, heap-only updates. The times from
 death to verdict are bound by the threshold, whose least is a minute, and by how often one sweeps:
 they are shown with both, and for nothing but their order.
@@ -61,7 +61,7 @@ def main() -> None:
         hold(*asked.hold)
         return
     with ExitStack() as stack:
-        own = os.environ.get("TEST_DATABASE_URL")
+        own = os.environ.get("BENCH_DATABASE_URL")
         url = own or stack.enter_context(embedded_postgres())
         figures = {"beats": beats(url, asked.runs, asked.beats), "deaths": deaths(url)}
     show(figures)

@@ -59,6 +59,15 @@ def test_sweep_prints_json_for_scripts_and_nothing_else(db: Database) -> None:
     assert done.stderr == ""
 
 
+def test_where_a_table_would_be_too_long_it_says_where_the_rest_is(db: Database) -> None:
+    db.add_orphans(210)
+    assert "200 of 210 are shown: --json lists up to 1,000" in run("sweep", "--dry-run").stdout
+    swept = run("sweep").stdout
+    assert (
+        f"200 of 210 are shown: the ledger has all, of sweep {db.sweeps()[0]['sweep_id']}" in swept
+    )
+
+
 def test_a_run_that_cannot_be_marked_gives_exit_code_1_and_says_what_next(db: Database) -> None:
     orphans = db.add_orphans(2)
     db.poison(orphans[0])

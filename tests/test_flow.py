@@ -130,13 +130,47 @@ async def test_more_orphans_than_are_worth_a_task_run_each_are_marked_in_slices(
         "1200 orphaned runs detected: 1200 marked crashed (threshold 30 minutes, 1201 in flight)"
     )
     task_runs = api.task_runs(flow_run_of(state))
-    expected = {"open-sweep", "decide", "mark-slices-1", "mark-rest", "summarise"}
+    expected = {"open-sweep", "decide", "mark-slices-1", "mark-pages", "summarise"}
     assert set(task_runs) == expected
     assert {run["state_type"] for run in task_runs.values()} == {"COMPLETED"}
     assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
     assert {v["outcome"] for v in db.verdicts()} == {"marked"}
     [told] = db.sweeps()
     assert (told["ended_as"], told["detected"], told["marked"]) == ("completed", 1_200, 1_200)
+
+
+async def test_many_that_cannot_be_taken_in_slices_are_marked_by_one_task_run(
+    db: Database, api: Api
+) -> None:
+    orphans = db.add_orphans(30)
+    state = await sweep(api, limit=20, task_each_up_to=10)
+    assert state.is_completed()
+    assert set(api.task_runs(flow_run_of(state))) == {
+        "open-sweep",
+        "decide",
+        "mark-pages",
+        "summarise",
+    }
+    assert db.outcomes() == dict.fromkeys(orphans[:20], "marked")
+
+
+async def test_a_dry_run_of_many_lists_them_by_one_task_run(db: Database, api: Api) -> None:
+    orphans = db.add_orphans(30)
+    state = await sweep(api, dry_run=True, task_each_up_to=10)
+    assert "30 orphaned runs would be judged" in (state.message or "")
+    assert "mark-pages" in api.task_runs(flow_run_of(state))
+    assert "detect" not in api.task_runs(flow_run_of(state))
+    table = json.loads(api.artifacts(flow_run_of(state))["orphan-recovery-verdicts"]["data"])
+    assert [row["run"] for row in table] == orphans
+    assert set(db.statuses().values()) == {"running"}
+
+
+async def test_what_the_limit_leaves_counts_when_task_runs_are_few_enough(
+    db: Database, api: Api
+) -> None:
+    orphans = db.add_orphans(30)
+    state = await sweep(api, limit=5, task_each_up_to=10)
+    assert set(marks(api.task_runs(flow_run_of(state)))) == set(orphans[:5])
 
 
 async def test_slices_that_meet_a_bad_row_mark_the_rest_and_fail_the_flow_run(

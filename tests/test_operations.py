@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import psycopg
 import pytest
@@ -31,17 +32,74 @@ def test_old_rows_are_retired_by_the_statements_in_the_readme(db: Database) -> N
             *(name, name),
         )
     db.add_run("in flight", age="500 days")
+    history_around(db)
     with db.connect(autocommit=True) as owner:
         for statement in (runs, ledger, runs, ledger):
             owner.execute(statement.encode())
     assert db.statuses() == {"new": "failed", "in flight": "running"}
-    assert [sweep["asked_by"] for sweep in db.sweeps()] == ["new"]
+    held = {"holds still", "held until now", "closed a hold now"}
+    assert {sweep["asked_by"] for sweep in db.sweeps()} == {
+        "new",
+        "answered since",
+        "answers one since",
+        *held,
+    }
     assert list(db.outcomes()) == ["new"]
+    assert db.do("SELECT run_id FROM orphan_recovery.contests") == []
+    for table in ("holds", "hold_runs", "approvals"):
+        assert db.one(f"SELECT count(DISTINCT hold_id) FROM orphan_recovery.{table}") == 2
     for guarded in ("worker_runs WHERE id = 'new'", "orphan_recovery.verdicts"):
         with pytest.raises(psycopg.errors.RaiseException, match="VIOLATION"):
             db.do(f"DELETE FROM {guarded}")
     with pytest.raises(psycopg.errors.RaiseException, match="LEDGER_VIOLATION"):
         db.do("DELETE FROM orphan_recovery.sweeps")
+
+
+def history_around(db: Database) -> None:
+    """All that a sweep of long ago may have left, and what of it is not to be retired yet."""
+    old, new = "now() - interval '500 days'", "now()"
+    ids: dict[str, Any] = {}
+    for asked_by, at, seen_by in (
+        ("long ago", old, None),
+        ("answered long ago", old, "long ago"),
+        ("answers one since", old, None),
+        ("answered since", new, "answers one since"),
+        ("held long ago", old, None),
+        ("holds still", old, None),
+        ("held until now", old, None),
+        ("closed a hold now", new, None),
+    ):
+        [row] = db.do(
+            "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+            " threshold, scope, version, seen_by, opened_at, ended_at, ended_as) VALUES"
+            f" (gen_random_uuid(), 'default', 't', %s, 'r', '1 hour', '{{}}', '0', %s, {at}, {at},"
+            " 'completed') RETURNING sweep_id",
+            *(asked_by, seen_by and ids[seen_by]),
+        )
+        ids[asked_by] = row["sweep_id"]
+    db.do(
+        "INSERT INTO orphan_recovery.contests (sweep_id, run_id, target, reported_status,"
+        f" reported_at) VALUES (%s, 'old', 'default', 'completed', {old})",
+        ids["long ago"],
+    )
+    for held_by, ended_at, ended_by in (
+        ("held long ago", old, ids["long ago"]),
+        ("held until now", new, ids["closed a hold now"]),
+        ("holds still", "NULL::timestamptz", None),
+    ):
+        [hold] = db.do(
+            "INSERT INTO orphan_recovery.holds (hold_id, target, sweep_id, opened_at, evidence,"
+            f" ended_at, ended_as, ended_by) VALUES (gen_random_uuid(), 'default', %s, {old},"
+            f" '{{}}', {ended_at}, CASE WHEN {ended_at} IS NOT NULL THEN 'released' END, %s)"
+            " RETURNING hold_id",
+            *(ids[held_by], ended_by),
+        )
+        db.do("INSERT INTO orphan_recovery.hold_runs VALUES (%s, 'old')", hold["hold_id"])
+        db.do(
+            "INSERT INTO orphan_recovery.approvals (hold_id, approved_at, expires_at,"
+            f" approved_by) VALUES (%s, {old}, {old}, 'somebody')",
+            hold["hold_id"],
+        )
 
 
 def statements_under(heading: str) -> list[str]:

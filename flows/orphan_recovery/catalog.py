@@ -191,10 +191,8 @@ def accepts(
     """Whether ``column`` can hold ``value``, by its type and by the table's own conditions.
 
     Returns:
-        None if it can, else why not.
-
-    Raises:
-        sqlalchemy.exc.DBAPIError: the type itself refuses the value, such as a domain.
+        None if it can, else why not. Where the type itself refuses the value, such as a domain,
+        the transaction is to be rolled back.
     """
     facts = relation.columns[column]
     if facts.labels and value not in facts.labels:

@@ -2,8 +2,9 @@
 
 What a command needs is imported by it, so that `--help` and a mistake are answered at once.
 
-Exit codes: 0 well; 1 a run could not be marked, or the sweep did not come to its end; 2 bad usage
-or configuration; 3 held: too much of the fleet looked dead, and a person is asked.
+Exit codes: 0 well; 1 a run could not be marked, the sweep did not come to its end, the database
+could not be asked, or the doctor found a failure; 2 bad usage or configuration; 3 held: too much
+of the fleet looked dead, and a person is asked.
 """
 
 import asyncio
@@ -169,7 +170,7 @@ def _person() -> str:
 
 @app.command()
 def summary(target: TargetName = None, as_json: AsJson = False) -> None:
-    """Show how many runs stand crashed, and the newest ten."""
+    """Show how many runs stand crashed, the newest ten, and how many verdicts were contested."""
     from orphan_recovery.summarize import summarize_target
 
     told = asyncio.run(summarize_target(find_target(target)))
@@ -193,7 +194,7 @@ def summary(target: TargetName = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def serve() -> None:
-    """Serve the scheduled and the on-demand deployment from this process, without a work pool."""
+    """Serve a schedule for each target, on-demand and all-targets, without a work pool."""
     from orphan_recovery.database import address
 
     for target in load_targets().values():
@@ -217,7 +218,7 @@ def trigger(
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the sweep has ended.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait at most.", min=1)] = 900,
 ) -> None:
-    """Start the on-demand deployment, for a deploy pipeline.
+    """Start the deployment on-demand, or all-targets, for a deploy pipeline.
 
     Prints the flow run's address. With --wait, exits 0 only when the sweep ended well.
     """
@@ -303,14 +304,18 @@ def _fail(message: str, *, code: int) -> NoReturn:
 
 
 def _print_report(report: "SweepReport", *, name: bool) -> None:
-    from orphan_recovery.report import as_table
+    from orphan_recovery.report import SHOWN, as_table
 
     if name:
         typer.echo(f"target {report.request.target.name}:")
-    _print_table(as_table(report))
+    shown = as_table(report)
+    _print_table(shown)
     typer.echo(report.headline())
-    if report.detected > len(report.as_dict()["runs"]):
-        typer.echo(f"the ledger has all: sweep {report.request.sweep_id}")
+    if len(shown) < report.detected:
+        where = f"the ledger has all, of sweep {report.request.sweep_id}"
+        if report.request.dry_run:
+            where = f"--json lists up to {SHOWN:,}"
+        typer.echo(f"{len(shown)} of {report.detected} are shown: {where}")
     for step in report.next_steps():
         typer.echo(f"next: {step}", err=True)
 

@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 
 def init(
-    target: Annotated[str, typer.Option(help="What to call it: lower-case letters, digits, -, _.")],
+    target: Annotated[
+        str, typer.Option(help="What to call it: lower-case letters, digits, - and _.")
+    ],
     table: Annotated[
         str | None,
         typer.Option(help="The table, as schema.table. Default: the only one that looks like it."),
@@ -136,7 +138,8 @@ def migrate(
 
     Again and again without harm. An existing worker_runs table is adopted: missing columns are
     added and nothing is rewritten. A table of yours, described in orphan-recovery.toml, gets the
-    index that serves detection, and keeps its columns as they are.
+    index that serves detection, an index of crashed runs if a crash has a status of its own, and
+    the truth trigger if you asked for it; and keeps its columns as they are.
     """
     from orphan_recovery import migrate as schema
     from orphan_recovery.database import address, shown

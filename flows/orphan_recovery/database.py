@@ -60,7 +60,7 @@ STATEMENT_TIMEOUT_MS: Final = 60_000
 IDLE_TIMEOUT_MS: Final = 60_000
 """A process that freezes within a transaction keeps its locks for no longer."""
 POOL_SIZE: Final = 8
-"""Connections at most, and so runs marked side by side."""
+"""Connections at most, and so transactions side by side."""
 
 _POSTGRES_NAMES = frozenset({"postgres", "postgresql"})
 

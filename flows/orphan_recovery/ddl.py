@@ -19,7 +19,6 @@ from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import split_table
 
-DEFAULT_ROLE: Final = "orphan_recovery_sweep"
 TRUTH_TRIGGER: Final = "prevent_worker_run_mutation"
 WRITTEN: Final = ("status", "success", "error", "completed_at")
 """The roles that a mark writes."""

@@ -170,7 +170,7 @@ class Fleet:
     beating: int
     """Those of them that have beaten once: their last sign of life is a heartbeat."""
     undatable: int
-    """Runs without any sign of life: no created_at, no started_at, no heartbeat_at."""
+    """Runs without any sign of life: all the times that would show one are empty."""
     ahead: int
     """Runs whose last sign of life is in the database's future: a worker with a wrong clock."""
     ahead_workers: list[str]

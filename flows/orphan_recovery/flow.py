@@ -188,13 +188,29 @@ async def mark_slices(
     return progress
 
 
-@task(name="mark-rest", task_run_name="mark-rest", **_RETRIED_WITHIN)
-async def mark_rest(
+@task(name="mark-pages", task_run_name="mark-pages", **_RETRIED_WITHIN)
+async def mark_pages(
     engine: AsyncEngine, report: SweepReport, decision: Decision, tried: set[str]
 ) -> list[Verdict]:
-    """Mark, page by page, what the slices passed over; returns what failed."""
-    with _errors_in_a_line():
+    """Mark, page by page, what no slice has taken; returns what failed. A dry run lists it."""
+    with _errors_in_a_line(), _telling_how_far(report):
         return await judge_pages(engine, report, decision.among, tried)
+
+
+@contextmanager
+def _telling_how_far(report: SweepReport) -> Iterator[None]:
+    """Say in the flow run's log, every few seconds, how many have been judged."""
+
+    async def tell() -> None:
+        while True:
+            await asyncio.sleep(STRETCH_SECONDS)
+            get_run_logger().info("%d orphans judged", report.detected)
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 @task(name="summarise", task_run_name="summarise", **_RETRIED)
@@ -234,7 +250,8 @@ async def recover_orphaned_runs(
         limit: Judge at most so many runs, longest silence first. Leave at None for no limit.
         reason: What the error text of each marked run begins with.
         task_each_up_to: Up to so many orphans, each is marked by a task run of its own. More are
-            marked in slices of thousands, a task run for a few seconds of them.
+            marked many at a time: in slices of thousands, a task run for a few seconds of them;
+            where limit is given, or the table allows no slices, in pages, all by one task run.
     """
     request = SweepRequest(
         asked_by=_asked_by(),
@@ -315,8 +332,8 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
             await _heed(engine, hold_id, answer)
         decision = await decide(engine, report, look)
         report.held = decision.held
-        by_slices = look.fleet.orphans > task_each_up_to and await _is_sliceable(engine, request)
-        mark_all = _mark_in_slices if by_slices else _mark_each
+        to_judge = min(look.fleet.orphans, request.limit or look.fleet.orphans)
+        mark_all = _mark_many if to_judge > task_each_up_to else _mark_each
         failed = await mark_all(engine, report, decision)
     except Exception as error:
         report.error = describe(error.__cause__ or error)
@@ -349,13 +366,11 @@ async def _is_sliceable(engine: AsyncEngine, request: SweepRequest) -> bool:
         return await is_sliceable(connection, request)
 
 
-async def _mark_in_slices(
-    engine: AsyncEngine, report: SweepReport, decision: Decision
-) -> list[Verdict]:
+async def _mark_many(engine: AsyncEngine, report: SweepReport, decision: Decision) -> list[Verdict]:
     """Thousands at a time: a task run for each would outlast the sweep by far."""
     request, failed, number = report.request, list[Verdict](), 0
-    progress = Progress(orphans=decision.orphans)
-    while not progress.is_through:
+    progress, by_slices = Progress(orphans=decision.orphans), await _is_sliceable(engine, request)
+    while by_slices and not progress.is_through:
         number += 1
         stretch = mark_slices.with_options(task_run_name=f"mark-slices-{number}")
         try:
@@ -364,7 +379,7 @@ async def _mark_in_slices(
             failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
             progress.hand_over_to(report)
     tried = {v.run.id for v in failed}
-    return failed + await mark_rest(engine, _unseen(report), decision, _unseen(tried))
+    return failed + await mark_pages(engine, _unseen(report), decision, _unseen(tried))
 
 
 async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decision) -> list[Verdict]:

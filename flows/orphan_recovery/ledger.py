@@ -1,8 +1,8 @@
 """The ledger: the append-only tables of sweeps and their verdicts.
 
-The hazard is a history that can be edited. A trigger refuses to change or delete what is in it;
-who writes to it is :mod:`orphan_recovery.record`. The tables live in a schema of their own, beside
-the runs, and are made by the migrations; here is what a statement needs to know of them.
+The hazard is a history that can be edited: a trigger refuses to change or delete what is in it.
+The tables live in a schema of their own, beside the runs, and are made by the migrations; here is
+what a statement needs to know of them. See :mod:`orphan_recovery.record` for what is written.
 """
 
 from collections.abc import AsyncIterator

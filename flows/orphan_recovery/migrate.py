@@ -224,8 +224,9 @@ def _run(
         if sqlstate(error) == "55P03":
             raise ConfigurationError(
                 f"a lock on the runs table was not to be had within {LOCK_TIMEOUT_MS // 1000} "
-                "seconds, so that no query has to queue behind the migration: nothing is half "
-                "done; run it again, at a quieter time if need be"
+                f"seconds ({WAIT_SECONDS} for an index that is built beside everybody's work), so "
+                "that no query has to queue behind the migration: what was made before it stands, "
+                "nothing is half done; run it again, at a quieter time if need be"
             ) from error
         raise
     finally:

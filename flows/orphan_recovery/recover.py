@@ -58,8 +58,10 @@ async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[st
         more) and ``failed``; ``runs``, a list of at most 1,000 with outcome and evidence,
         failures first; ``error``, None or what stopped the sweep before its end, such as a
         database that cannot be reached. Further: ``target, dry_run, sweep_id, threshold_minutes,
-        outcomes, in_flight, undatable, ahead, exempt, seen_by, message``; ``seen_by`` is None, or
-        the id of the sweep that looked in this one's place: what was marked is in its report.
+        outcomes, in_flight, undatable, ahead, exempt, held, hold, looked_twice, seen_by,
+        message``; ``held`` is how many runs it did not dare to mark, by the hold ``hold``;
+        ``looked_twice`` why it looked a second time, or None; ``seen_by`` None, or the id of the
+        sweep that looked in this one's place: what was marked is in its report.
         With recovery switched off, ``enabled`` is False and the database is not touched.
 
     Raises:
@@ -145,7 +147,7 @@ async def _holds_any(request: SweepRequest) -> bool:
 
 
 async def run_sweep(request: SweepRequest) -> SweepReport:
-    """One whole sweep in this process: detect, mark page by page, summarise.
+    """One whole sweep in this process: look, mark in slices or pages, summarise.
 
     Args:
         request: which target, scope, threshold, reason, and whether to write at all.

@@ -157,6 +157,8 @@ LEDGER_INDEXES = (
     "WHERE outcome = 'marked'",
     # Sweeps to be closed because they died.
     "CREATE INDEX sweeps_open ON orphan_recovery.sweeps (opened_at) WHERE ended_at IS NULL",
+    # For the foreign key, when old sweeps are retired.
+    "CREATE INDEX sweeps_seen_by ON orphan_recovery.sweeps (seen_by) WHERE seen_by IS NOT NULL",
 )
 
 LEDGER_GUARD = """
