@@ -91,16 +91,26 @@ def lost(row: Row | None, worker: str) -> LostBy | None:
     return None if row["worker_id"] == worker else LostBy.CHANGED_HANDS
 
 
-def is_too_much(rows: list[Row], now: datetime, threshold: timedelta) -> bool:
+def looks_dead(rows: list[Row], now: datetime, threshold: timedelta) -> dict[str, bool]:
+    """Of each worker, whether it holds an orphan, and nothing was heard of it by another run."""
+    dead = {}
+    fleet = [row for row in rows if row["status"] in IN_FLIGHT and row["worker_id"] is not None]
+    for worker in {row["worker_id"] for row in fleet}:
+        own = [row for row in fleet if row["worker_id"] == worker]
+        orphans = [row for row in own if is_orphan(row, now, threshold)]
+        allowed = [threshold_of(row, threshold) or threshold for row in orphans]
+        silence = now - max(sign_of(row) for row in own)
+        dead[worker] = bool(orphans) and silence >= min(allowed)
+    return dead
+
+
+def is_most(dead: dict[str, bool]) -> bool:
+    return sum(dead.values()) > SHARE * len(dead)
+
+
+def is_too_much(dead: dict[str, bool]) -> bool:
     """Whether a sweep has to stop and ask: most of a fleet of some size looks dead."""
-    looks_dead: dict[str, bool] = {}
-    for row in rows:
-        worker = row["worker_id"]
-        if row["status"] in IN_FLIGHT and worker is not None:
-            orphan = is_orphan(row, now, threshold)
-            looks_dead[worker] = looks_dead.get(worker, True) and orphan
-    dead, all_of_them = sum(looks_dead.values()), len(looks_dead)
-    return all_of_them >= LEAST_WORKERS and dead > SHARE * all_of_them
+    return len(dead) >= LEAST_WORKERS and is_most(dead)
 
 
 class Guarantee:

@@ -29,9 +29,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from orphan_recovery import database
 from orphan_recovery.hold import approve
 from orphan_recovery.report import SweepReport
-from stateful_checks import IN_FLIGHT, is_too_much, must, sign_of
+from stateful_checks import IN_FLIGHT, is_most, is_too_much, looks_dead, must, sign_of
 from stateful_deeds import MOVES, REPORTS, Deeds, Kind
-from stateful_world import LONG, SHORT, Killed
+from stateful_world import LONG, SHORT, Killed, Row
 
 TAMPERS: Final[tuple[LiteralString, ...]] = (
     "UPDATE orphan_recovery.verdicts SET silence = silence + interval '1 second'",
@@ -298,26 +298,36 @@ class Machine(Deeds, RuleBasedStateMachine):
                 is_held = hold in map(str, holds)
                 must(is_held == (then in ("stands", "was approved for too short")), then, report)
             self.db.do("DELETE FROM worker_runs WHERE worker_id LIKE 'w%%' AND status = 'running'")
+            dead_still = self.look_dead()
             report = await self.sweep()
-            standing = self.db.do("SELECT * FROM orphan_recovery.holds WHERE ended_at IS NULL")
             must(
-                report.postponed or not standing, "the fleet has recovered, and yet held:", standing
+                report.postponed or not self.standing() or is_most(dead_still),
+                *("the fleet has recovered, and yet held:", self.standing()),
             )
 
         self.run(work())
+
+    def look_dead(self) -> dict[str, bool]:
+        now = self.world.hands["now"]
+        return looks_dead(list(self.rows().values()), now, timedelta(minutes=30))
+
+    def standing(self) -> list[Row]:
+        return self.db.do("SELECT * FROM orphan_recovery.holds WHERE ended_at IS NULL")
 
     async def sweep_of(
         self, fleet: list[str], *, otherwise: Callable[[], Awaitable[SweepReport]]
     ) -> SweepReport:
         """A sweep that marks none of a fleet if too much of it looks dead."""
-        was = list(self.rows().values())
+        was, held_before = list(self.rows().values()), self.standing()
         report = await otherwise()
-        too_much = is_too_much(was, self.world.hands["now"], timedelta(minutes=30))
+        now = self.world.hands["now"]
+        too_much = is_too_much(looks_dead(was, now, timedelta(minutes=30)))
         marked = [row for row in self.rows().values() if row["id"] in fleet]
         marked = [row for row in marked if row["status"] == "crashed"]
         must(not (too_much and marked), "marked most of a fleet, and asked nobody:", marked)
         if otherwise == self.sweep and not report.postponed:
-            must((report.held is not None) == too_much, "held:", report.held, "of", was)
+            must(report.held is not None or not too_much, "not held, of", was)
+            must(report.held is None or too_much or held_before, "held:", report.held, "of", was)
         return report
 
     # More likely than the rest, for what they find.

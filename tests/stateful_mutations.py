@@ -187,7 +187,7 @@ MARK: dict[str, Mutation] = {
     ),
     "a mark without a lock": _to(mark, "select", _Unlocked),
     "a mark that forgets its own verdict": _instead(
-        mark, "_outcome_of_miss", lambda whole, of, row: whole(of, {**row, "own_outcome": None})
+        mark, "_outcome_of_miss", lambda whole, row: whole({**row, "own_outcome": None})
     ),
     "a mark by a client's clock": _to(mark, "_NOW", literal(datetime.now(UTC))),
     "a naive time that is not read as UTC": _instead(runs, "as_utc", _naive),

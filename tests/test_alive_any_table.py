@@ -54,6 +54,24 @@ def fresh(db: Database, column: str) -> bool:
     )
 
 
+async def test_a_status_that_is_a_number_may_be_given_as_one(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blank.do(
+        "CREATE TABLE mails (id int PRIMARY KEY, status smallint NOT NULL, worker_id text,"
+        " created_at timestamptz NOT NULL DEFAULT now())"
+    )
+    blank.do("INSERT INTO mails (id, status) VALUES (1, 0)")
+    described = (
+        "[targets.mail]\ntable = 'mails'\nin_flight = [1, 2]\nwaiting = [0]\nterminal = [3, 9]\n"
+        "crashed = 9\n"
+    )
+    configure(tmp_path, monkeypatch, described, "mail")
+    assert await claim("1", "w", status=2)
+    await finish_run("1", worker_id="w", status=3)
+    assert blank.one("SELECT status FROM mails") == 3
+
+
 async def test_a_table_with_words_keys_and_naive_times_of_its_own(
     blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
 from support import Database, free_port
 
@@ -76,6 +77,35 @@ def test_a_run_that_cannot_be_marked_gives_exit_code_1_and_says_what_next(db: Da
     assert "1 FAILED" in done.stdout
     assert "poisoned row" in done.stdout
     assert "next: 1 could not be marked" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["summary"], ["approve", "aaaa"], ["sweep"]], ids=str)
+def test_without_a_ledger_each_command_says_what_to_do(
+    blank: Database, tmp_path: Path, command: list[str]
+) -> None:
+    blank.do("CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamptz)")
+    file = tmp_path / "targets.toml"
+    file.write_text('[targets.jobs]\ntable = "jobs"\ncrashed = "failed"\n')
+    done = run(*command, ORPHAN_RECOVERY_CONFIG=str(file))
+    assert done.returncode == 2
+    assert "run `orphan-recovery migrate`" in done.stderr
+
+
+def test_a_role_without_rights_is_told_where_to_find_them(db: Database) -> None:
+    db.do("DROP ROLE IF EXISTS reader")
+    db.do("CREATE ROLE reader LOGIN")
+    db.do("GRANT SELECT ON worker_runs TO reader")
+    url = make_url(db.url).set(username="reader").render_as_string(hide_password=False)
+    try:
+        swept = run("sweep", ORPHAN_RECOVERY_DATABASE_URL=url)
+        assert "SQLSTATE 42501" in swept.stdout
+        assert "next: This database role lacks a right: `orphan-recovery sql" in swept.stderr
+        asked = run("approve", "aaaa", ORPHAN_RECOVERY_DATABASE_URL=url)
+        assert (asked.returncode, asked.stdout) == (1, "")
+        assert "`orphan-recovery sql` prints what it needs" in asked.stderr
+    finally:
+        db.do("DROP OWNED BY reader")
+        db.do("DROP ROLE reader")
 
 
 def test_scope_options_reach_the_sweep(db: Database) -> None:

@@ -249,8 +249,8 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             {},
             Level.WARNING,
             "clocks",
-            "1 runs in flight have no sign of life at all",
-            "give them a time of creation",
+            "1 in flight without any sign of life, never swept: x",
+            "give the runs a time of creation",
         ),
         (
             ["UPDATE worker_runs SET heartbeat_at = now() - interval '6 minutes'"],

@@ -6,13 +6,11 @@ On Postgres servers of this module's own, which it restarts, fails over and stop
 import asyncio
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Self
 
 import psycopg
@@ -23,13 +21,13 @@ from conftest import _database
 from orphan_recovery import ConfigurationError, judge, judge_pages
 from orphan_recovery.database import database_url, make_engine, server_started
 from orphan_recovery.doubt import beat_of, look_at_circumstances
-from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport, as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
 from prefect_support import run
+from server_support import Restarted, Server, own_server
 from support import Database, until
 
 BEAT = "ORPHAN_RECOVERY_TARGETS__DEFAULT__HEARTBEAT_SECONDS"
@@ -37,94 +35,11 @@ OFTEN = 1.0
 """Seconds between two beats, as the target says; so a second look after a restart comes in two."""
 
 
-class Server:
-    """A Postgres server that a test may do anything to, and the programs that it came with."""
-
-    def __init__(self, url: str, data: Path | None = None) -> None:
-        self.url = url
-        with psycopg.connect(url) as connection:
-            row = connection.execute("SELECT setting FROM pg_config WHERE name = 'BINDIR'")
-            self._programs = Path(str((row.fetchone() or [""])[0]))
-            there = connection.execute("SHOW data_directory").fetchone()
-        self.data = data or Path(str((there or [""])[0]))
-
-    def run(self, program: str, *arguments: str) -> None:
-        """As whoever owns the data: the server refuses to run as root."""
-        owner = self.data.stat()
-        user, group = (owner.st_uid, owner.st_gid) if os.geteuid() == 0 else (None, None)
-        done = subprocess.run(
-            [str(self._programs / program), *arguments],
-            user=user,
-            group=group,
-            cwd=self.data,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # no pipe: what it starts would keep it open
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-        assert done.returncode == 0, (program, arguments)
-
-    def control(self, what: str, *arguments: str) -> None:
-        self.run("pg_ctl", what, "-w", "-D", str(self.data), *arguments)
-
-    def restart(self) -> None:
-        """Every connection is lost."""
-        self.control("restart", "-m", "fast", "-l", str(self.data / "log"))
-
-    def stop(self) -> None:
-        self.control("stop", "-m", "fast")
-
-    def start(self) -> None:
-        socket = make_url(self.url).query["host"]
-        self.control("start", "-l", str(self.data / "log"), "-o", f'-h "" -k {socket}')
-
-    def await_age(self, age: timedelta) -> None:
-        """Return once it has been up for so long."""
-
-        def old_enough() -> bool:
-            with psycopg.connect(self.url) as connection:
-                asked = "SELECT now() - pg_postmaster_start_time() >= %s"
-                return bool((connection.execute(asked, [age]).fetchone() or [False])[0])
-
-        until(old_enough, f"a server that has been up for {age}")
-
-    @contextmanager
-    def coming_back(self) -> Iterator[None]:
-        """Ends once its log says anew that it is ready; nobody is to knock before."""
-
-        def ready() -> int:
-            return (self.data / "log").read_text().count("is ready to accept connections")
-
-        before = ready()
-        yield
-        until(lambda: ready() > before, "the server to be back")
-
-    def standby(self) -> "Server":
-        """A second server that follows this one, in a folder beside its own."""
-        data = self.data.with_name("standby")
-        data.mkdir(mode=0o700)
-        os.chown(data, self.data.stat().st_uid, self.data.stat().st_gid)
-        socket = str(make_url(self.url).query["host"])
-        follow = ("-h", socket, "-U", "postgres", "-R", "-c", "fast")
-        self.run("pg_basebackup", *follow, "-D", str(data))
-        for lock in data.glob(".s.PGSQL.*.lock"):  # the socket is kept in the folder of the data
-            lock.unlink()
-        self.run(
-            *("pg_ctl", "start", "-w", "-D", str(data), "-l", str(data / "log")),
-            *("-o", f'-h "" -k {data}'),
-        )
-        url = make_url(self.url).update_query_dict({"host": str(data)})
-        return Server(url.render_as_string(hide_password=False), data)
-
-
 @pytest.fixture(scope="module")
 def own() -> Iterator[Server]:
     """An embedded server of this module's own, whatever the others use."""
-    with embedded_postgres() as url:
-        server = Server(url)
-        server.restart()  # from here on it is not the process that the wheel knows and stops
+    with own_server() as server:
         yield server
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -132,21 +47,6 @@ def own_template(own: Server) -> Iterator[str]:
     with _database(own.url) as url:
         migrate(Target(), database_url(url))
         yield str(make_url(url).database)
-
-
-class Restarted(Database):
-    """A database whose server may be restarted: its connection comes back."""
-
-    def do(self, statement: Any, *values: Any) -> list[dict[str, Any]]:
-        if self._connection.closed:
-            self._connection = self.connect(autocommit=True)
-        try:
-            return super().do(statement, *values)
-        except psycopg.OperationalError:
-            if not self._connection.closed:
-                raise
-            self._connection = self.connect(autocommit=True)
-            return super().do(statement, *values)
 
 
 @pytest.fixture
@@ -559,7 +459,7 @@ async def test_what_would_have_to_be_waited_for_too_long_is_left_to_a_later_swee
     assert (report.ended_well, report.detected, report.recovered) == (True, 1, 1)
     assert report.postponed is not None
     assert report.postponed.startswith("the server was started ")
-    told = f"what has beaten is left to the next sweep, because {report.postponed}"
+    told = f"1 orphaned run that has beaten is left to the next sweep, because {report.postponed}"
     assert report.headline().endswith(told)
     assert told[1:] in as_markdown(report)
     assert db.sweeps()[-1]["looked_twice"] == report.postponed

@@ -20,7 +20,7 @@ from orphan_recovery.hold import approve
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport, as_markdown
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.target import Columns, Target
+from orphan_recovery.target import Columns, Rule, Target
 from orphan_recovery.targets import find_target
 from prefect_support import run
 from support import Database, until
@@ -139,6 +139,10 @@ async def test_a_sweep_that_would_crash_most_of_a_fleet_marks_nothing_and_asks(
 
 def test_the_command_line_exits_3_says_what_it_saw_and_what_to_do(db: Database) -> None:
     add_workers(db, 10, silent=True)
+    looked = run("orphan-recovery", "sweep", "--dry-run")
+    assert "10 orphaned runs would be judged" in looked.stdout
+    told = "a sweep would not believe that at once, because 10 of 10 workers look dead"
+    assert told in looked.stdout
     done = run("orphan-recovery", "sweep")
     [hold] = holds(db)
     assert done.returncode == 3
@@ -149,6 +153,9 @@ def test_the_command_line_exits_3_says_what_it_saw_and_what_to_do(db: Database) 
     as_json = run("orphan-recovery", "sweep", "--json")
     assert as_json.returncode == 3
     assert json.loads(as_json.stdout)["hold"] == str(hold["hold_id"])
+    well = run("orphan-recovery", "doctor")
+    assert f"hold {hold['hold_id']} stands since " in well.stdout
+    assert f"`orphan-recovery approve {hold['hold_id']} --target default`" in well.stdout
 
 
 @pytest.mark.parametrize(
@@ -188,6 +195,24 @@ async def test_a_worker_with_one_live_run_is_not_silent(db: Database) -> None:
     add_workers(db, 8, silent=False)
     report = await sweep()
     assert (report.held, report.recovered) == (None, 12)
+
+
+@pytest.mark.parametrize("rule", [{"never": True}, {"threshold_minutes": 240}], ids=str)
+async def test_a_run_that_may_be_silent_for_longer_is_no_sign_of_life(
+    db: Database, rule: dict[str, Any]
+) -> None:
+    """Of its worker nothing was heard by it either."""
+    silent = add_workers(db, 12, silent=True)
+    for worker in silent:
+        db.add_run(f"{worker}, long", worker=worker, age="2 hours")
+    db.do("UPDATE worker_runs SET task = 'long' WHERE id LIKE '%, long'")
+    target = Target(rules=(Rule(match={"task": "long"}, **rule),))
+    assert (await sweep(target=target)).is_held
+    [hold] = holds(db)
+    assert (hold["evidence"]["silent_workers"], hold["evidence"]["workers"]) == (12, 12)
+    assert crashed(db) == set()
+    beat(db, [f"{worker}, long" for worker in silent])  # now it is one
+    assert (await sweep(target=target)).recovered == 12
 
 
 async def test_runs_that_no_worker_holds_are_counted_on_neither_side(db: Database) -> None:
@@ -513,6 +538,60 @@ async def test_an_approval_expires_by_the_databases_time(db: Database) -> None:
     assert crashed(db) == set(silent)
 
 
+async def test_an_approval_that_expires_in_mid_sweep_ends_it_as_held(db: Database) -> None:
+    """What it did not come to is under the hold again, and the sweep says so."""
+    add_workers(db, 16, silent=True)
+    slow = Target(orphans_per_second=5)
+    await sweep(target=slow)
+    [hold] = holds(db)
+    await release(db, hold["hold_id"], lasting=timedelta(seconds=1))
+    report = await sweep(target=slow)
+    marked = len(crashed(db))
+    assert marked < 16
+    assert (report.recovered, report.is_held) == (marked, True)
+    assert report.held is not None
+    assert (report.held.hold_id, report.held.runs) == (hold["hold_id"], 16 - marked)
+    [*_, told] = db.sweeps()
+    assert (told["ended_as"], told["hold"]) == ("held", hold["hold_id"])
+    # Of a fleet of less than the least sample, and all of it silent.
+    assert (await sweep(target=slow)).is_held
+    assert len(crashed(db)) == marked
+
+
+async def test_a_hold_does_not_end_because_the_fleet_becomes_smaller(db: Database) -> None:
+    silent = add_workers(db, 12, silent=True)
+    await sweep()
+    db.do("UPDATE worker_runs SET status = 'failed' WHERE id = ANY (%s)", silent[:3])
+    report = await sweep()
+    assert report.held is not None
+    assert (report.held.runs, crashed(db)) == (9, set())
+    assert [hold["ended_at"] for hold in holds(db)] == [None]
+    beat(db, silent[3:8])  # of 9 more than the half is back
+    assert (await sweep()).recovered == 4
+    assert [hold["ended_as"] for hold in holds(db)] == ["recovered"]
+
+
+async def test_a_hold_of_which_nothing_is_left_ends_whoever_else_is_silent(db: Database) -> None:
+    held = add_workers(db, 12, silent=True)
+    await sweep()
+    db.do("UPDATE worker_runs SET status = 'failed' WHERE id = ANY (%s)", held)
+    others = add_workers(db, 2, silent=True, first=13)
+    assert (await sweep()).recovered == 2
+    assert crashed(db) == set(others)
+    assert [hold["ended_as"] for hold in holds(db)] == ["recovered"]
+
+
+async def test_a_hold_does_not_end_because_new_workers_come(db: Database) -> None:
+    """They prove nothing about those that were there."""
+    add_workers(db, 12, silent=True)
+    add_workers(db, 8, silent=False)
+    await sweep()
+    add_workers(db, 40, silent=False, first=9)
+    assert (await sweep()).is_held
+    assert crashed(db) == set()
+    assert [hold["ended_at"] for hold in holds(db)] == [None]
+
+
 async def test_a_fleet_that_is_back_closes_the_hold_and_nothing_was_marked(db: Database) -> None:
     silent = add_workers(db, 12, silent=True)
     await sweep()
@@ -562,7 +641,7 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
         "aaaa": "more than one open hold begins with 'aaaa'",
         "cccc": "no open hold begins with 'cccc'",
         closed: "One that is closed needs no approval",
-        "": "open hold begins with ''",
+        "": "name a hold; open are:",
         "%": "no open hold begins with '%'",
     }.items():
         refused = run("orphan-recovery", "approve", asked)

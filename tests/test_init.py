@@ -90,9 +90,9 @@ SCHEMAS = {
             "error": "traceback",
         },
         corrected={
-            'in_flight = ["running"]': "in_flight = [1, 2]",
-            'crashed = "failed"': "crashed = 9",
-            'terminal = ["failed"]': "terminal = [3, 9]",
+            'in_flight = ["SAY WHICH"]': "in_flight = [1, 2]",
+            'crashed = "SAY WHAT"': "crashed = 9",
+            'terminal = ["SAY WHAT"]': "terminal = [3, 9]",
         },
     ),
     "prisma": Schema(
@@ -312,6 +312,29 @@ def test_what_cannot_be_a_status_of_a_run_is_asked_about(blank: Database, home: 
 JOBS = "CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamptz)"
 
 
+def test_what_no_role_has_is_named_and_a_foreign_key_names_the_worker(
+    blank: Database, home: Path
+) -> None:
+    make(
+        blank,
+        "CREATE TABLE nodes (id uuid PRIMARY KEY, last_heartbeat timestamptz);"
+        "CREATE TYPE state AS ENUM ('requested', 'rendering', 'aborted');"
+        "CREATE TABLE exports (id uuid PRIMARY KEY, state state NOT NULL, node_uuid uuid"
+        " REFERENCES nodes, requested_at timestamp, leased_at timestamp, failure jsonb)",
+    )
+    assert run("init", "--target", "mine", "--table", "public.exports").returncode == 0
+    text = home.read_text()
+    assert 'worker_id = "node_uuid"' in text
+    assert "# GUESS AGAIN: requested_at, leased_at: is one of them created_at, started_at" in text
+    assert "# Not used: failure\n" in text
+    # No word that may be wrong by chance: it is refused until a person has corrected it.
+    assert 'in_flight = ["SAY WHICH"]' in text
+    assert 'crashed = "SAY WHAT"' in text
+    refused = run("sweep", "--target", "mine", "--dry-run")
+    assert refused.returncode == 2
+    assert "SAY WHICH" in refused.stderr
+
+
 def test_a_further_target_is_appended_and_what_is_there_stays(blank: Database, home: Path) -> None:
     make(blank, JOBS)
     there = '# ours, by hand\n[targets.billing]\ntable  =  "public.bills" # as it was\n'
@@ -397,7 +420,7 @@ TWO = f"{JOBS}; CREATE TABLE tasks (id int PRIMARY KEY, state text, created time
         (
             JOBS,
             ["--database-url-env", "postgresql://me:S3cret@host/db"],
-            "(database_url_env), which is not set",
+            "give the name of a variable that holds the address, not the address",
         ),
     ],
 )

@@ -332,7 +332,8 @@ async def test_a_sweep_that_is_closed_again_stays_as_it_was(
     await recover.run_sweep(request)
     [before] = db.sweeps()
     async with transaction(engine) as connection:
-        assert await close_sweep(connection, request, detected=9, error="too late") == 2
+        closed = await close_sweep(connection, request, detected=9, error="too late")
+    assert (closed.marked, closed.detected) == (2, 2)
     assert db.sweeps() == [before]
 
 

@@ -61,7 +61,7 @@ def looked(db: Database, request: SweepRequest, **differs: Any) -> str:
         "threshold": request.threshold,
         "scope": psycopg.types.json.Jsonb({}),
         "version": "0",
-        "question": request.question,
+        "question": request.question and f"{request.question} public.worker_runs",
         "in_flight": 9,
         "exempt": 2,
         "undatable": 0,
@@ -207,6 +207,17 @@ async def test_one_that_only_took_over_what_another_saw_answers_for_nobody(
     db.add_orphans(1)
     looked_itself = looked(db, SweepRequest(asked_by="test"), ago=timedelta(hours=1))
     report, _ = await sweep_while(db, at_work, caplog, seen_by=looked_itself)
+    assert (report.seen_by, report.recovered) == (None, 1)
+
+
+async def test_a_look_at_a_table_of_the_same_name_in_another_schema_answers_nobody(
+    db: Database, at_work: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One file may mean another table on another search_path, beside the same ledger."""
+    db.add_orphans(1)
+    asked = SweepRequest(asked_by="test")
+    elsewhere = f"{asked.question} tenant_2.worker_runs"
+    report, _ = await sweep_while(db, at_work, caplog, asked, question=elsewhere)
     assert (report.seen_by, report.recovered) == (None, 1)
 
 

@@ -17,14 +17,16 @@ from alive.proxy import Proxy
 from alive_support import COMMIT
 from orphan_recovery import attempt, detect_orphaned_runs, judge, mark_run_as_crashed
 from orphan_recovery.database import transaction
+from orphan_recovery.hold import Decision
 from orphan_recovery.lane import enter
 from orphan_recovery.policy import RetryPlan, is_transient, retrying
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.slices import Position, Stretch, take_slice
-from orphan_recovery.sweep import begin
+from orphan_recovery.sweep import begin, tell_of
 from orphan_recovery.targets import find_target
+from orphan_recovery.verdict import Verdict
 from support import Database, until
 from tables_support import configure
 from tables_support import sweep as sweep_of
@@ -95,6 +97,28 @@ async def test_a_mark_is_the_same_however_it_was_made(
     assert expected["verdict evidence"] == "run heartbeat"
     for how in ("page", "shown", "counted"):
         assert told_of(db, how) == expected, how
+
+
+async def test_a_lane_that_fails_keeps_the_other_from_waiting_for_it(
+    db: Database, slices: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is the first lane's, which has ended: the second is not to wait for ever."""
+    monkeypatch.setattr(RetryPlan, "delay", lambda _self, retry: 0.01 * retry)
+    monkeypatch.setattr(judge, "MANY", 20)
+    slices(2, show=5)
+    orphans = db.add_orphans(20)
+    db.do(
+        "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'no space left on device' USING ERRCODE = '53100'; END $$"
+    )
+    db.do(
+        "CREATE TRIGGER full_disk BEFORE UPDATE ON worker_runs FOR EACH ROW"
+        " WHEN (OLD.id = 'run-000001') EXECUTE FUNCTION full_disk()"
+    )
+    report = await asyncio.wait_for(sweep(), 60)
+    assert "no space left on device" in (report.error or "")
+    assert db.status(orphans[0]) == "running"
+    assert db.sweeps()[0]["ended_as"] == "failed"
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 5])
@@ -402,6 +426,55 @@ async def test_a_sweep_that_froze_in_its_lane_holds_up_no_other(
         await freeze()
     assert is_transient(lost.value)
     assert db.outcomes() == dict.fromkeys(orphans, "marked")
+
+
+async def test_what_slices_pass_over_is_waited_for_however_many_they_marked(
+    db: Database, engine: AsyncEngine
+) -> None:
+    """The look saw fewer: a second one is later, and so are the slices."""
+    db.add_run("held", age="5 hours")
+    report = SweepReport(SweepRequest(asked_by="test"))
+    async with transaction(engine) as connection:
+        tell_of(await begin(connection, report.request), report)
+    more = db.add_orphans(3)
+    with db.connect() as other:
+        other.execute("SELECT FROM worker_runs WHERE id = 'held' FOR UPDATE")
+        failed = list[Verdict]()
+        everything = Decision(None, None)
+        judging = asyncio.ensure_future(judge.judge_all(engine, report, everything, failed))
+        marked = "SELECT count(*) >= 3 FROM orphan_recovery.verdicts"
+        await asyncio.to_thread(until, lambda: bool(db.one(marked)), "the others to be marked")
+        other.rollback()
+    await judging
+    assert db.outcomes() == dict.fromkeys([*more, "held"], "marked")
+    assert (failed, report.detected, report.recovered) == ([], 4, 4)
+
+
+@pytest.mark.parametrize("first", ["nothing", "orphans"])
+async def test_a_look_whose_acknowledgement_was_lost_is_ended_as_the_ledger_has_it(
+    db: Database, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """It is tried again, and may then see something else than what is written down."""
+
+    def then(_plan: RetryPlan, _retry: int) -> float:
+        if first == "nothing":
+            db.add_orphans(3)
+        else:
+            db.do("UPDATE worker_runs SET status = 'completed'")
+        return 0.01
+
+    monkeypatch.setattr(RetryPlan, "delay", then)
+    if first == "orphans":
+        db.add_orphans(3)
+    proxy.lose_reply_to(COMMIT, after=b"INSERT INTO orphan_recovery.sweeps")
+    report = await sweep()
+    assert proxy.has_lost_a_reply.is_set()
+    assert (report.error, report.detected, report.recovered) == (None, 0, 0)
+    assert report.headline().startswith("no orphaned run found")
+    [told] = db.sweeps()
+    assert (told["ended_as"], told["detected"], told["marked"]) == ("completed", 0, 0)
+    if first == "nothing":
+        assert (await sweep()).recovered == 3
 
 
 @pytest.mark.parametrize("show", [0, 100])

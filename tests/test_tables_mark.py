@@ -8,8 +8,14 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from orphan_recovery import ConfigurationError, mark_run_as_crashed
+from orphan_recovery.alive.beat import beat
+from orphan_recovery.describe import runs_table
+from orphan_recovery.mark import mark
+from orphan_recovery.migrate import migrate
+from orphan_recovery.record import note_direct_call
 from orphan_recovery.request import DEFAULT_REASON
 from orphan_recovery.summarize import summarize_target
+from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from support import Database
 from tables_support import add, configure, look, outcome_of, request, simple, statuses, sweep
@@ -31,6 +37,28 @@ async def test_the_error_is_cut_to_what_the_column_holds(
     assert error[:room].startswith(reason[:room])
     assert len(error) == room if room else error.endswith(str(report.request.sweep_id))
     assert blank.verdicts()[0]["reason"] == reason, "the ledger has all of it"
+
+
+async def test_a_status_may_read_otherwise_than_it_was_configured(
+    blank: Database, engine: AsyncEngine
+) -> None:
+    """``1`` is ``1.0`` there. A run whose row somebody holds has not finished by that."""
+    blank.do(
+        "CREATE TABLE jobs (id text PRIMARY KEY, status numeric(3, 1) NOT NULL, worker_id text,"
+        " created_at timestamptz, heartbeat_at timestamptz)"
+    )
+    blank.do("INSERT INTO jobs VALUES ('run', 1, 'w', now() - interval '2 hours', NULL)")
+    target = Target(name="jobs", table="jobs", in_flight=("1",), crashed="4")
+    migrate(target)
+    [run] = await look(engine, asked := request(target))
+    with blank.connect() as other:
+        other.execute("SELECT FROM jobs FOR UPDATE")
+        async with engine.begin() as connection:
+            await note_direct_call(connection, asked)
+            assert await mark(connection, asked, [run], skip_locked=True) == [None]
+            beaten = await beat(connection, await runs_table(connection, target), [("run", "w")])
+            assert beaten.lost == {}
+    assert (await sweep(target)).recovered == 1
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonb"])

@@ -9,9 +9,10 @@ import psycopg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery import turn
+from orphan_recovery import database, turn
 from orphan_recovery.database import transaction
 from orphan_recovery.lane import enter as enter_lane
+from orphan_recovery.policy import RetryPlan
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
@@ -320,6 +321,20 @@ async def test_it_waits_for_a_while_and_no_longer(
     assert (report.error, report.ended_well) == (None, True)
     assert time.monotonic() - began >= 0.5
     assert other.info.transaction_status.name == "INTRANS"
+
+
+async def test_a_ledger_that_somebody_locks_keeps_no_sweep_waiting_for_longer(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a VACUUM FULL: who waits asks by statements that no time-out of ours would end."""
+    monkeypatch.setattr(turn, "LONGEST_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(database, "LOCK_TIMEOUT_MS", 100)
+    monkeypatch.setattr(RetryPlan, "delay", lambda _self, retry: 0.01 * retry)
+    sweeping = asyncio.ensure_future(sweep())
+    await asyncio.sleep(0.5)
+    other.execute("LOCK TABLE orphan_recovery.sweeps IN ACCESS EXCLUSIVE MODE")
+    report = await asyncio.wait_for(sweeping, 2 * SOON)
+    assert "lock timeout" in (report.error or "")
 
 
 async def test_who_waits_holds_up_nobody(db: Database, other: Connection) -> None:

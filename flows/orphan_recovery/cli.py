@@ -146,6 +146,7 @@ def approve(
     """
     from orphan_recovery.database import address, make_engine, transaction
     from orphan_recovery.hold import approve as release
+    from orphan_recovery.ledger import ledger_there
     from orphan_recovery.report import iso
 
     async def released() -> Any:
@@ -153,12 +154,16 @@ def approve(
         try:
             async with transaction(engine) as connection:
                 lasting = timedelta(minutes=minutes)
-                return await release(connection, hold, by=_person(), lasting=lasting, note=note)
+                async with ledger_there():
+                    return await release(connection, hold, by=_person(), lasting=lasting, note=note)
         finally:
             await engine.dispose()
 
     hold_id, expires_at = asyncio.run(released())
-    typer.echo(f"hold {hold_id} is released until {iso(expires_at)}; the next sweep marks its runs")
+    typer.echo(
+        f"hold {hold_id} is released until {iso(expires_at)}; the next sweep marks those of its "
+        "runs that are silent still"
+    )
 
 
 def _person() -> str:
@@ -254,7 +259,11 @@ def trigger(
     if not wait or (run.state and run.state.is_completed()):
         return
     if run.state and run.state.name == HELD:
-        _fail("the sweep is held, and waits for a person", code=3)
+        _fail(
+            "the sweep is held, and waits for a person: if the workers that its message tells of "
+            "are dead, `orphan-recovery approve` the hold that it names",
+            code=3,
+        )
     if run.state and run.state.is_final():
         _fail(f"the sweep ended {run.state_name}", code=1)
     _fail(
@@ -289,13 +298,17 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
+        from psycopg import Error
         from sqlalchemy.exc import DBAPIError
 
         from orphan_recovery.database import describe
 
-        if not isinstance(error, DBAPIError | OSError):
+        if not isinstance(error, DBAPIError | Error | OSError):
             raise
-        _fail(describe(error), code=1)
+        told = describe(error)
+        if "SQLSTATE 42501" in told:
+            told += ". This database role lacks a right: `orphan-recovery sql` prints what it needs"
+        _fail(told, code=1)
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

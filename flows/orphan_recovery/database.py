@@ -88,15 +88,20 @@ def database_url(raw: str | None = None) -> URL:
         url = make_url(raw.strip())
     except (ArgumentError, ValueError):
         raise ConfigurationError(
-            f"the database address {redact(raw)!r} cannot be read: it should look like "
-            "postgresql://user:password@host:5432/name, with special characters in the "
-            "password percent-encoded"
+            "the database address cannot be read, and is not shown, for it may hold a password: "
+            "it should look like postgresql://user:password@host:5432/name, with special "
+            "characters in the password percent-encoded"
         ) from None
     kind = url.drivername.partition("+")[0]
     if kind not in _POSTGRES_NAMES:
         raise ConfigurationError(
             f"the database address names {kind!r}: only Postgres is supported, as "
             "postgresql://user:password@host/name"
+        )
+    if "@" in (url.host or ""):  # what is before it there is the rest of a password
+        raise ConfigurationError(
+            "the database address, which is not shown, has more than one @: percent-encode those "
+            "in the user's name and the password, as %40"
         )
     return url.set(drivername="postgresql+psycopg")
 
@@ -115,7 +120,7 @@ def address(target: "Target") -> URL:
         if not raw:
             raise ConfigurationError(
                 f"target {target.name!r} takes its database from the variable "
-                f"{redact(target.database_url_env)!r} (database_url_env), which is not set: set "
+                f"{target.database_url_env!r} (database_url_env), which is not set: set "
                 "it to an address such as postgresql://user:password@host/name"
             )
         return database_url(raw)

@@ -239,7 +239,7 @@ class Silence:
     workers: int
     """All that hold a run in flight."""
     silent_workers: int
-    """Those of them that hold orphans only."""
+    """Those of them that hold an orphan, and of whom nothing was heard by any other run either."""
     some: list[str]
     """Up to ten of the latter."""
     first: datetime | None
@@ -257,6 +257,21 @@ class Silence:
         enough = (self.workers if fleet is None else fleet) >= target.hold_least_workers
         return enough and self.silent_workers > target.hold_share * self.workers
 
+    def in_words(self) -> str:
+        return f"{self.silent_workers} of {self.workers} {self.counted} look dead"
+
+    def is_over(self, target: Target, workers_then: int | None) -> bool:
+        """Whether a fleet has recovered of which too much was silent.
+
+        Its least sample plays no part, and workers that came since prove nothing about the others.
+
+        Args:
+            target: its share.
+            workers_then: how many it had when it was held, if that is known.
+        """
+        workers = self.workers if workers_then is None else min(self.workers, workers_then)
+        return self.silent_workers <= target.hold_share * workers
+
 
 async def look_at_silence(
     db: Executor, request: SweepRequest, among: ColumnElement[bool] | None = None
@@ -272,12 +287,17 @@ async def look_at_silence(
     runs = await runs_table(db, request.target)
     now = func.statement_timestamp(type_=_AWARE)
     threshold = threshold_of(runs, request)
-    overdue = and_(runs.sign_of_life <= now - threshold, ~runs.is_locked, *_scope(runs, request))
+    # A lock, and what is out of scope, is no silence; a run that is exempt, or may be silent for
+    # longer, is no sign of life.
+    proves_nothing = and_(~runs.is_locked, *_scope(runs, request))
+    overdue = and_(runs.sign_of_life <= now - threshold, proves_nothing)
     run = _each_once(
         select(
             (runs.text("worker_id") if runs.has("worker_id") else runs.run_id).label("worker"),
             func.coalesce(overdue, false()).label("silent"),
+            func.coalesce(proves_nothing, false()).label("proves_nothing"),
             runs.sign_of_life.label("sign"),
+            threshold.label("threshold"),
         )
         .select_from(runs.reads_from())
         .where(runs.in_flight, *([] if among is None else [among]))
@@ -286,14 +306,17 @@ async def look_at_silence(
         select(
             run.worker,
             func.count().filter(run.silent).label("orphans"),
-            func.bool_and(run.silent).label("all_silent"),
+            and_(
+                func.bool_and(run.proves_nothing),
+                func.max(run.sign) <= now - func.min(run.threshold).filter(run.silent),
+            ).label("is_silent"),
             func.min(run.sign).filter(run.silent).label("first"),
             func.max(run.sign).filter(run.silent).label("last"),
         )
         .group_by(run.worker)
         .subquery()
     )
-    dead = each.c.all_silent & each.c.worker.is_not(None)
+    dead = each.c.is_silent & each.c.worker.is_not(None)
     names = func.array_agg(aggregate_order_by(each.c.worker, each.c.worker)).filter(dead)
     statement = select(
         func.coalesce(func.sum(each.c.orphans), 0).label("orphans"),

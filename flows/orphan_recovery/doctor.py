@@ -21,9 +21,9 @@ from orphan_recovery.ddl import create_index, truth_trigger_is_there, written_co
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import look_at_fleet, orphans
 from orphan_recovery.doubt import beat_of, look_at_circumstances
-from orphan_recovery.ledger import SCHEMA, Ended, sweeps
+from orphan_recovery.ledger import SCHEMA, Ended, holds, sweeps
 from orphan_recovery.migrate import newest_revisions, revisions
-from orphan_recovery.report import span
+from orphan_recovery.report import MISSING_RIGHT, iso, span
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import shortest
 from orphan_recovery.runs import ROLES, RunsTable
@@ -95,6 +95,8 @@ async def _database(engine: AsyncEngine, target: Target, schedule: Schedule) -> 
         return [*findings, Finding(Level.FAILURE, "table", str(error))]
     except (DBAPIError, OSError) as error:
         way_out = "see whether the address, the password and the network are right"
+        if "SQLSTATE 42501" in describe(error):
+            way_out = MISSING_RIGHT.format(target.name)
         return [Finding(Level.FAILURE, "database", describe(error), way_out)]
     for about, ask in _QUESTIONS.items():
         try:
@@ -328,11 +330,22 @@ async def _clocks(asked: _Examined) -> list[Finding]:
         way_out = "set those hosts' clocks right, and let workers beat with the database's now()"
         found.append(Finding(Level.FAILURE, "clocks", told, way_out))
     if fleet.undatable:
-        told = f"{fleet.undatable} runs in flight have no sign of life at all: none is ever swept"
-        way_out = "give them a time of creation, or end them by hand"
+        some = ", ".join(await _undatable(asked))
+        told = f"{fleet.undatable} in flight without any sign of life, never swept: {some}"
+        way_out = (
+            "see whether the description names all columns with times; give the runs a time of "
+            "creation, or end them by hand"
+        )
         found.append(Finding(Level.WARNING, "clocks", told, way_out))
     told = f"{fleet.in_flight} in flight, {fleet.exempt} exempt by a rule"
     return found or [Finding(Level.OK, "clocks", f"{told}; no sign of life is in the future")]
+
+
+async def _undatable(asked: _Examined) -> list[str]:
+    table = asked.table
+    found = select(table.run_id).select_from(table.reads_from())
+    found = found.where(table.in_flight, table.sign_of_life.is_(None)).order_by(*table.key)
+    return list(await asked.db.scalars(found.limit(5)))
 
 
 async def _threshold(asked: _Examined) -> list[Finding]:
@@ -359,6 +372,12 @@ async def _threshold(asked: _Examined) -> list[Finding]:
             f"set the threshold to at least {minutes} minutes ({BEATS} beats and one interval "
             "between sweeps), or let runs beat, or sweep, more often"
         )
+        if target.heartbeat_seconds is None:
+            way_out += (
+                f"; if workers beat more often than that, say so in "
+                f"{where(target, 'heartbeat_seconds')}: runs that died of late make the estimate "
+                "longer"
+            )
         return [Finding(Level.FAILURE, "threshold", f"{told}: too short", way_out)]
     return [Finding(Level.OK, "threshold", told)]
 
@@ -379,6 +398,28 @@ async def _last_sweep(asked: _Examined) -> list[Finding]:
     if age > BEATS * (asked.schedule.every or DEFAULT_INTERVAL):
         return [Finding(Level.WARNING, "last sweep", told, way_out)]
     return [Finding(Level.OK, "last sweep", told)]
+
+
+async def _holds(asked: _Examined) -> list[Finding]:
+    if await asked.db.scalar(select(func.to_regclass(f"{SCHEMA}.holds"))) is None:
+        return []  # said already: there is no ledger
+    name = asked.table.target.name
+    standing = await asked.db.execute(
+        select(holds.c.hold_id, holds.c.opened_at, holds.c.evidence)
+        .where(holds.c.target == name, holds.c.ended_at.is_(None))
+        .order_by(holds.c.opened_at)
+    )
+    return [
+        Finding(
+            Level.WARNING,
+            "hold",
+            f"hold {hold_id} stands since {iso(opened_at)}: {saw.get('silent_workers')} of "
+            f"{saw.get('workers')} {saw.get('counted')} looked dead",
+            f"if they are dead, `orphan-recovery approve {hold_id} --target {name}`; if they live, "
+            "nothing: it is closed by the first sweep that hears of them",
+        )
+        for hold_id, opened_at, saw in standing
+    ]
 
 
 async def _contested(asked: _Examined) -> list[Finding]:
@@ -430,6 +471,7 @@ _QUESTIONS: Final[dict[str, Callable[[_Examined], Awaitable[list[Finding]]]]] = 
     "clocks": _clocks,
     "threshold": _threshold,
     "lock": _lock_evidence,
+    "hold": _holds,
     "contests": _contested,
     "last sweep": _last_sweep,
 }

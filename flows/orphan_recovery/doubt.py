@@ -130,7 +130,7 @@ def doubts(
         reasons.append(f"no sweep has looked for {span(slept)}")
         wait = max(wait, beat)
     if silence.is_too_much(request.target):
-        reasons.append(f"{silence.silent_workers} of {silence.workers} {silence.counted} look dead")
+        reasons.append(silence.in_words())
         wait = max(wait, min(beat, LONGEST_WAIT))
     return Doubt(tuple(reasons), wait) if reasons else None
 

@@ -190,11 +190,11 @@ async def mark_slices(
 
 @task(name="mark-pages", task_run_name="mark-pages", **_RETRIED_WITHIN)
 async def mark_pages(
-    engine: AsyncEngine, report: SweepReport, decision: Decision, tried: set[str]
-) -> list[Verdict]:
-    """Mark, page by page, what no slice has taken; returns what failed. A dry run lists it."""
+    engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
+) -> None:
+    """Mark, page by page, what no slice has taken; a dry run lists it. Adds what failed."""
     with _errors_in_a_line(), _telling_how_far(report):
-        return await judge_pages(engine, report, decision.among, tried)
+        await judge_pages(engine, report, decision.among, failed)
 
 
 @contextmanager
@@ -215,11 +215,11 @@ def _telling_how_far(report: SweepReport) -> Iterator[None]:
 
 @task(name="summarise", task_run_name="summarise", **_RETRIED)
 async def summarise(
-    engine: AsyncEngine, report: SweepReport, failed: list[Verdict]
+    engine: AsyncEngine, report: SweepReport, failed: list[Verdict], decision: Decision | None
 ) -> list[Verdict]:
     """Settle what failed, and close the sweep in the ledger."""
     async with _transaction(engine) as connection:
-        return await finish(connection, report, failed)
+        return await finish(connection, report, failed, decision)
 
 
 @flow(name=FLOW_NAME, persist_result=False)
@@ -322,7 +322,7 @@ async def _heed(engine: AsyncEngine, hold_id: UUID | None, answer: Answer) -> st
 
 
 async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int) -> None:
-    request, failed = report.request, list[Verdict]()
+    request, failed, decision = report.request, list[Verdict](), None
     try:
         look = await open_sweep(engine, request)
         tell_of(look, report)
@@ -334,13 +334,14 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         report.held = decision.held
         to_judge = min(look.fleet.orphans, request.limit or look.fleet.orphans)
         mark_all = _mark_many if to_judge > task_each_up_to else _mark_each
-        failed = await mark_all(engine, report, decision)
+        await mark_all(engine, report, decision, failed)
     except Exception as error:
         report.error = describe(error.__cause__ or error)
     if report.fleet is None:  # it never began, and has nothing to close
         return
     try:
-        report.judged(await summarise(engine, _unseen(report), _unseen(failed)))
+        settled = await summarise(engine, _unseen(report), _unseen(failed), _unseen(decision))
+        report.judged(settled)
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error.__cause__ or error)
@@ -366,9 +367,11 @@ async def _is_sliceable(engine: AsyncEngine, request: SweepRequest) -> bool:
         return await is_sliceable(connection, request)
 
 
-async def _mark_many(engine: AsyncEngine, report: SweepReport, decision: Decision) -> list[Verdict]:
+async def _mark_many(
+    engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
+) -> None:
     """Thousands at a time: a task run for each would outlast the sweep by far."""
-    request, failed, number = report.request, list[Verdict](), 0
+    request, number = report.request, 0
     progress, by_slices = Progress(orphans=decision.orphans), await _is_sliceable(engine, request)
     while by_slices and not progress.is_through:
         number += 1
@@ -378,11 +381,12 @@ async def _mark_many(engine: AsyncEngine, report: SweepReport, decision: Decisio
         finally:
             failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
             progress.hand_over_to(report)
-    tried = {v.run.id for v in failed}
-    return failed + await mark_pages(engine, _unseen(report), decision, _unseen(tried))
+    await mark_pages(engine, _unseen(report), decision, _unseen(failed))
 
 
-async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decision) -> list[Verdict]:
+async def _mark_each(
+    engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
+) -> None:
     """One task run an orphan, side by side. What cannot be marked fails its own task run only."""
     request = report.request
     runs: list[WorkerRun] = (await detect(engine, request, decision)).unquote()
@@ -390,7 +394,7 @@ async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decisio
     if runs:
         log_detected(runs)
     if request.dry_run:
-        return []
+        return
     at_once = asyncio.Semaphore(TASKS_AT_ONCE)
     marks = SharedMarks(engine, request, runs)
     outage: str | None = None
@@ -415,7 +419,7 @@ async def _mark_each(engine: AsyncEngine, report: SweepReport, decision: Decisio
 
     verdicts = await asyncio.gather(*(judged(run) for run in runs))
     report.judged([v for v in verdicts if v.outcome is not Outcome.FAILED])
-    return [v for v in verdicts if v.outcome is Outcome.FAILED]
+    failed += [v for v in verdicts if v.outcome is Outcome.FAILED]
 
 
 async def _show(report: SweepReport) -> None:

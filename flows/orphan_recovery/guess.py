@@ -7,6 +7,7 @@ it is written. Nothing in the database changes.
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Column, Connection, MetaData, Table, Text, cast, func, select, text
@@ -84,6 +85,10 @@ _CRASHES: Final = ("crashed", "dead", "failed", "failure", "errored", "error", "
 
 GUESS_AGAIN: Final = "GUESS AGAIN"
 """How the draft begins what a person has to correct."""
+SAY_WHICH: Final = "SAY WHICH"
+SAY_WHAT: Final = "SAY WHAT"
+"""What numbers and foreign words mean cannot be guessed, and a guess that works by chance could
+crash what has ended: so these stand where a status is wanted, and are refused until corrected."""
 
 
 @dataclass(slots=True)
@@ -134,6 +139,8 @@ def draft_target(
     draft.say("threshold_minutes = 30  # the silence that makes an orphan; see `doctor`")
     section: list[str] = []
     heartbeat = _worker_table(connection, relation)
+    if heartbeat is not None and heartbeat[2] not in columns.values():
+        columns.setdefault("worker_id", heartbeat[2])
     if heartbeat is None and not columns.keys() & {"created_at", "started_at", "heartbeat_at"}:
         raise ConfigurationError(
             f"{relation.name!r} has no source of signs of life: none of its columns (it has "
@@ -253,20 +260,30 @@ def _statuses(connection: Connection, relation: Relation, column: str, draft: Dr
         kinds[kind].append(value)
     crashed = next((v for word in _CRASHES for v in values if _plain(v) == word), None)
     if not kinds["in_flight"]:
-        draft.say(f"{GUESS_AGAIN}: no status of {source} ({values}) reads as being in the hands of")
-        draft.say("a worker.")
-        kinds["in_flight"] = ["running"]
-    draft.set("in_flight", kinds["in_flight"], f"in the hands of a worker; from {source}")
+        told = f"none of {', '.join(values)}" if values else "there is none yet"
+        draft.say(f"{GUESS_AGAIN}: which are in the hands of a worker? By {source}: {told} reads")
+        draft.say("like that.")
+        kinds["in_flight"] = ["running" if facts.is_text else SAY_WHICH]
+    as_there = partial(_as_there, facts)
+    in_flight = as_there(kinds["in_flight"])
+    draft.set("in_flight", in_flight, f"in the hands of a worker; from {source}")
     if kinds["waiting"]:
-        draft.set("waiting", kinds["waiting"], "held by no worker, so none can die holding it")
+        waiting = as_there(kinds["waiting"])
+        draft.set("waiting", waiting, "held by no worker, so none can die holding it")
     if crashed is None:
-        crashed = "failed"
+        crashed = "failed" if facts.is_text else SAY_WHAT
         draft.say(f"{GUESS_AGAIN}: no status reads as a crash.")
-    draft.set("crashed", crashed, "what a crash is called here")
+    draft.set("crashed", as_there([crashed])[0], "what a crash is called here")
     terminal = list(dict.fromkeys([*kinds["terminal"], crashed]))
-    draft.set("terminal", terminal, "ended for good")
+    draft.set("terminal", as_there(terminal), "ended for good")
     for value in kinds["unknown"]:
         draft.say(f"{GUESS_AGAIN}: what is {value!r}? Add it to in_flight, waiting or terminal.")
+
+
+def _as_there(facts: ColumnFacts, values: list[str]) -> list[str | int]:
+    """Statuses as people write them in the file: numbers as numbers."""
+    numbers = facts.category == "N"
+    return [int(v) if numbers and v.lstrip("-").isdecimal() else v for v in values]
 
 
 def _found(connection: Connection, relation: Relation, facts: ColumnFacts) -> list[str]:
@@ -316,7 +333,20 @@ def _say_columns(
     if "heartbeat_at" not in described and not by_worker:
         section.append("# No heartbeat found: a run shows only its age. Keep the threshold above")
         section.append("# the longest honest run.")
+    used = {*ordered, *(name for role, name in described.items() if role != "id")}
+    _say_what_is_left(relation, used, section)
     draft.described["columns"] = described
+
+
+def _say_what_is_left(relation: Relation, used: set[Any], section: list[str]) -> None:
+    left = [name for name in relation.columns if name not in used]
+    times = [name for name in left if relation.columns[name].is_time]
+    if times:
+        names = ", ".join(_one_line(name) for name in times)
+        section.append(f"# {GUESS_AGAIN}: {names}: is one of them created_at, started_at or")
+        section.append("# heartbeat_at?")
+    if others := [name for name in left if name not in times]:
+        section.append(f"# Not used: {', '.join(_one_line(name) for name in others)}")
 
 
 def _worker_table(

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import (
     ColumnElement,
     FromClause,
+    Integer,
     Select,
     Text,
     and_,
@@ -57,6 +58,8 @@ class Decision:
     """Which orphans may be marked; None for all."""
     orphans: int = 0
     """How many those are, by the last count; 0 where nobody counted."""
+    is_under_hold: bool = False
+    """Whether some of the rest stand under a hold, released or not."""
 
 
 async def decide(
@@ -86,10 +89,11 @@ async def decide(
     only = true() if among is None else among(table)
     name = literal(f"orphan_recovery hold {target.name}", Text)
     await db.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
-    is_open = select(holds.c.hold_id).where(
+    workers = cast(holds.c.evidence["workers"].astext, Integer)
+    is_open = select(func.count(), func.max(workers)).where(
         holds.c.target == target.name, holds.c.ended_at.is_(None)
     )
-    any_open = (await db.execute(is_open.limit(1))).first() is not None
+    any_open, workers_then = (await db.execute(is_open)).one()
     if seen is not None and not any_open and not seen.is_too_much(target):
         return Decision(None, seen_silent(request, seen_at, among), seen.orphans)
     silence = await look_at_silence(db, request, only)
@@ -98,32 +102,46 @@ async def decide(
         if not any_open:
             return Decision(None, eligible, silence.orphans)
         if request.is_whole and among is None:
-            await _close_all(db, request)
-            return Decision(None, eligible, silence.orphans)
+            named = await look_at_silence(db, request, _in_open_hold(table, target))
+            if not named.orphans or silence.is_over(target, workers_then):
+                await _close_all(db, request)
+                return Decision(None, eligible, silence.orphans)
     rest = silence
     if any_open:
         rest = await look_at_silence(db, request, and_(only, ~_in_open_hold(table, target)))
     is_new = bool(rest.orphans) and rest.is_too_much(target, fleet=silence.workers)
     if is_new:
         await _open(db, request, now, rest, only)
-    unreleased = await _standing(db, target)
-    blocked = await look_at_silence(db, request, _blocked(table, target))
 
     def allowed(runs: RunsTable) -> ColumnElement[bool]:
         return and_(~_blocked(runs, target), eligible(runs))
 
-    held = None
-    if unreleased and blocked.orphans:  # else they are released, or none of this sweep's business
-        (hold_id, opened_at, evidence), *others = unreleased
-        held = Held(
-            hold_id,
-            opened_at,
-            evidence,
-            runs=blocked.orphans,
-            is_new=is_new,
-            others=tuple(other for other, _, _ in others),
-        )
-    return Decision(held, allowed, silence.orphans - blocked.orphans)
+    held = await what_is_held(db, request, is_new=is_new)
+    to_mark = silence.orphans - (held.runs if held else 0)
+    return Decision(held, allowed, to_mark, is_under_hold=True)
+
+
+async def what_is_held(db: Executor, request: SweepRequest, *, is_new: bool = False) -> Held | None:
+    """What a sweep may not mark, as it is now: the orphans of holds that nobody has released, or
+    whose release has expired. Reads only.
+
+    Returns:
+        None if there are none; else by the latest of these holds.
+    """
+    target, table = request.target, await runs_table(db, request.target)
+    unreleased = await _standing(db, target)
+    blocked = await look_at_silence(db, request, _blocked(table, target))
+    if not (unreleased and blocked.orphans):  # released, or none of this sweep's business
+        return None
+    (hold_id, opened_at, evidence), *others = unreleased
+    return Held(
+        hold_id,
+        opened_at,
+        evidence,
+        runs=blocked.orphans,
+        is_new=is_new,
+        others=tuple(other for other, _, _ in others),
+    )
 
 
 def seen_silent(
@@ -167,9 +185,10 @@ async def approve(
     if len(found) != 1 or not asked:
         every = select(cast(holds.c.hold_id, Text)).where(holds.c.ended_at.is_(None))
         there = ", ".join((await db.execute(every)).scalars()) or "none"
+        told = f"{'no' if not found else 'more than one'} open hold begins with {hold!r}"
         raise ConfigurationError(
-            f"{'no' if not found else 'more than one'} open hold begins with {hold!r}; open are: "
-            f"{there}. One that is closed needs no approval: its fleet has recovered"
+            f"{told if asked else 'name a hold'}; open are: {there}. One that is closed needs no "
+            "approval: its fleet has recovered"
         )
     released = (
         insert(approvals)

@@ -107,18 +107,18 @@ class Progress:
         self.detected, self.marked, self.verdicts = 0, 0, []
 
 
-async def judge_all(engine: AsyncEngine, report: SweepReport, decision: Decision) -> list[Verdict]:
+async def judge_all(
+    engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
+) -> None:
     """Mark all that a sweep may mark.
 
     Args:
         engine: where the runs are.
         report: is told of every verdict but the failures.
         decision: what may be marked.
-
-    Returns:
-        The failures, which are yet to be settled.
+        failed: is given the failures, which are yet to be settled; also where an error ends it.
     """
-    request, failed, among = report.request, list[Verdict](), decision.among
+    request, among = report.request, decision.among
     if await in_transaction(engine, partial(is_sliceable, request=request)):
         progress = Progress(orphans=decision.orphans)
         try:
@@ -126,9 +126,8 @@ async def judge_all(engine: AsyncEngine, report: SweepReport, decision: Decision
         finally:
             failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
             progress.hand_over_to(report)
-        if report.fleet and report.detected >= report.fleet.orphans:
-            return failed  # all that was seen, and none was passed over
-    return failed + await judge_pages(engine, report, among, {v.run.id for v in failed})
+    # Whatever slices counted: what they passed over, or a server that crashed forgot, is there.
+    await judge_pages(engine, report, among, failed)
 
 
 async def judge_slices(
@@ -150,16 +149,21 @@ async def judge_slices(
     """
     give_up_at = time.monotonic() + seconds
     [first, *others] = progress.lanes
+    errors = list[Exception]()
 
     async def along(lane: Lane, *, only_shown: bool = False) -> None:
-        while not lane.is_through and time.monotonic() < give_up_at:
+        # What ends one lane ends the other: it might wait for the first for ever.
+        while not lane.is_through and not errors and time.monotonic() < give_up_at:
             if only_shown and progress.show <= 0:
                 break
             is_first_only = progress.traffic.gives_way or progress.is_spared
             if lane is not first and not first.is_through and is_first_only:
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
                 continue
-            await _judge_slice(engine, request, progress, lane, among)
+            try:
+                await _judge_slice(engine, request, progress, lane, among)
+            except Exception as error:
+                errors.append(error)
 
     are_many = progress.orphans >= MANY
     if not are_many:  # the others might leave none to be shown
@@ -169,10 +173,9 @@ async def judge_slices(
     if may_have_others and not others and not first.is_through:
         # Twice as large: they get on while this process tells what the first has shown.
         progress.lanes += [Lane(2 * first.size, number=n) for n in range(1, LANES)]
-    ends = await asyncio.gather(*map(along, progress.lanes), return_exceptions=True)
-    for end in ends:
-        if end is not None:
-            raise end
+    await asyncio.gather(*map(along, progress.lanes))
+    if errors:
+        raise errors[0]
 
 
 async def _judge_slice(

@@ -30,20 +30,18 @@ each of them is waited for by itself; each after twice as long, two and a half s
 
 
 async def judge_pages(
-    engine: AsyncEngine, report: SweepReport, among: Among | None, tried: set[str]
-) -> list[Verdict]:
+    engine: AsyncEngine, report: SweepReport, among: Among | None, failed: list[Verdict]
+) -> None:
     """Mark page by page, longest silence first, naming whatever is left alone.
 
     Args:
         engine: where the runs are.
         report: is told of every verdict but the failures; a dry run, of the orphans.
         among: only runs for which this holds.
-        tried: runs that failed already.
-
-    Returns:
-        The failures, which are yet to be settled.
+        failed: those of before, which are not tried again; is given the failures, which are yet
+            to be settled, also where an error ends it.
     """
-    request, failed = report.request, list[Verdict]()
+    request, tried = report.request, {verdict.run.id for verdict in failed}
     for patience in reversed(range(PATIENCE)):
         held = await _judge_each_page(engine, report, among, tried, failed)
         if len(held) <= POOL_SIZE or not patience:
@@ -55,7 +53,7 @@ async def judge_pages(
     waiting = (_mark_held(engine, request, run, at_once) for run in held)
     given = await asyncio.gather(*waiting)
     report.judged([v for v in given if v.outcome is not Outcome.FAILED])
-    return failed + [v for v in given if v.outcome is Outcome.FAILED]
+    failed += [v for v in given if v.outcome is Outcome.FAILED]
 
 
 async def _judge_each_page(

@@ -40,7 +40,6 @@ from orphan_recovery.rules import threshold_of
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
@@ -71,6 +70,7 @@ async def mark_run_as_crashed(
 
     Raises:
         ConfigurationError: the reason, the table or the ledger cannot be used.
+        UndecidedError: the server was restarted since ``run`` was detected: detect it anew.
         sqlalchemy.exc.DBAPIError: as the database raised it, so that a retry policy can act on
             it; :func:`orphan_recovery.policy.is_transient` tells whether to.
     """
@@ -235,11 +235,6 @@ def guards(
         request: the sweep.
         seen: the snapshots, which this sweep took.
     """
-    has_verdict = (
-        select(verdicts.c.run_id)
-        .where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == seen.c.run_id)
-        .exists()
-    )
     own_threshold = threshold_of(table, request, seen.c.threshold)
     return {
         # It finished first.
@@ -257,8 +252,15 @@ def guards(
         # While the server was away nobody could beat: what was seen before is no evidence.
         "same server": or_(seen.c.evidence == Evidence.AGE.value, seen.c.seen_at > _STARTED),
         # An earlier try of this sweep was heard after all.
-        "no verdict yet": ~has_verdict,
+        "no verdict yet": ~has_verdict(request, seen.c.run_id),
     }
+
+
+def has_verdict(request: SweepRequest, run_id: ColumnElement[str]) -> ColumnElement[bool]:
+    """Whether a sweep has given its verdict on a run."""
+    given = select(verdicts.c.run_id)
+    given = given.where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == run_id)
+    return given.exists()
 
 
 _SNAPSHOT: Final[dict[str, Any]] = {
@@ -298,7 +300,7 @@ async def _name_misses(
     named: dict[str, Verdict | None] = {}
     for run in runs:
         now = rows[run.id]
-        outcome = _outcome_of_miss(request.target, now)
+        outcome = _outcome_of_miss(now)
         found = {name: now[name] for name in ("status", "worker_id", "sign_of_life")}
         found["completed_at"] = now["completed_at"]
         if outcome is None:
@@ -337,6 +339,8 @@ def _look_anew(table: RunsTable, request: SweepRequest) -> Select[Any]:
     return select(
         seen.c.run_id,
         table.key[0].is_(None).label("vanished"),
+        or_(table.in_flight, table.is_waiting).label("has_not_ended"),
+        table.is_crashed.label("is_crashed"),
         table.text("status").label("status"),
         table.text("worker_id").label("worker_id"),
         cast(table.sign_of_life, Text).label("sign_of_life"),  # text: it may be infinity
@@ -356,13 +360,13 @@ def _look_anew(table: RunsTable, request: SweepRequest) -> Select[Any]:
     )
 
 
-def _outcome_of_miss(target: Target, now: RowMapping) -> Outcome | None:
+def _outcome_of_miss(now: RowMapping) -> Outcome | None:
     if now["own_outcome"] is not None:
         return Outcome(now["own_outcome"])  # this sweep's earlier try, unacknowledged
     if now["vanished"]:
         return Outcome.VANISHED
-    if now["status"] not in (*target.in_flight, *target.waiting):
-        crashed = now["status"] == target.crashed and now["marked_by_another"]
+    if not now["has_not_ended"]:
+        crashed = now["is_crashed"] and now["marked_by_another"]
         return Outcome.ALREADY_MARKED if crashed else Outcome.FINISHED_FIRST
     if not now["same_worker"]:
         return Outcome.CHANGED_HANDS

@@ -11,6 +11,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import (
+    Row,
     ScalarSelect,
     Subquery,
     Text,
@@ -43,9 +44,10 @@ async def open_sweep(
     fleet: Fleet,
     timeline: str | None,
     *,
+    question: str | None = None,
     nothing_to_do: bool = False,
     seen_by: UUID | None = None,
-) -> None:
+) -> bool:
     """Record that a sweep begins, and close those that died. Does not commit.
 
     A second call for the same sweep, after a lost acknowledgement, changes nothing.
@@ -55,8 +57,14 @@ async def open_sweep(
         request: the sweep.
         fleet: what it saw.
         timeline: of the server's log.
+        question: what it asked, and of which table, for others that ask the same; None where it
+            answers nobody.
         nothing_to_do: record in one go that it ended, and found nothing.
         seen_by: the sweep whose look it took over, instead of looking itself.
+
+    Returns:
+        Whether the sweep is closed already: there was nothing to do, as this call or the one
+        whose acknowledgement was lost saw it.
     """
     looked: dict[str, Any] = {
         "in_flight": fleet.in_flight,
@@ -66,7 +74,7 @@ async def open_sweep(
         "detected": fleet.orphans,  # until it is closed, and knows better
         "timeline": timeline,
         "opened_at": fleet.seen_at,
-        "question": request.question,
+        "question": question,
         "seen_by": seen_by,
     }
     if nothing_to_do:
@@ -75,7 +83,11 @@ async def open_sweep(
     opened = insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing()
     if seen_by is None:  # who looked in its place has done that, too
         opened = opened.add_cte(_closing_the_dead().cte("orphan_recovery_dead"))
-    await db.execute(opened)
+    ended = (await db.execute(opened.returning(sweeps.c.ended_at))).first()
+    if ended is None:  # by an earlier try
+        told = select(sweeps.c.ended_at).where(sweeps.c.sweep_id == request.sweep_id)
+        ended = (await db.execute(told)).one()
+    return ended.ended_at is not None
 
 
 async def note_direct_call(db: Executor, request: SweepRequest) -> None:
@@ -100,10 +112,11 @@ async def close_sweep(
     request: SweepRequest,
     *,
     detected: int,
+    left: int = 0,
     error: str | None,
     looked_twice: str | None = None,
     hold: UUID | None = None,
-) -> int:
+) -> Row[Any]:
     """Record how a sweep ended; the counts are the ledger's own. Does not commit.
 
     A sweep that is closed already stays as it is.
@@ -111,13 +124,15 @@ async def close_sweep(
     Args:
         db: a transaction of the caller's.
         request: the sweep.
-        detected: orphans detected, in runs.
+        detected: orphans detected, in runs; at least as many as have a verdict, and ``left``.
+        left: orphans that it left without a verdict, in runs.
         error: what stopped the sweep before its end, or None.
         looked_twice: why it looked a second time, or None.
         hold: the hold that it stopped at, or None.
 
     Returns:
-        How many runs it marked: more than it knows of, where an acknowledgement was lost.
+        How many runs it ``marked``, and ``detected``: more than it knows of, where an
+        acknowledgement was lost; fewer marks, where the server has forgotten some.
     """
     well = Ended.COMPLETED if hold is None else Ended.HELD
     counts = _tally(request.sweep_id)
@@ -131,18 +146,20 @@ async def close_sweep(
             failed=counts.c.failed,
             ended_at=_NOW,
             ended_as=ended_as if error is None else Ended.FAILED.value,
-            detected=func.greatest(detected, counts.c.marked + counts.c.missed + counts.c.failed),
+            detected=func.greatest(
+                detected, counts.c.marked + counts.c.missed + counts.c.failed + left
+            ),
             error=error,
             looked_twice=looked_twice,
             hold=hold,
         )
-        .returning(sweeps.c.marked)
+        .returning(sweeps.c.marked, sweeps.c.detected)
     )
-    marked = (await db.execute(close)).scalar_one_or_none()
-    if marked is None:  # it was closed by an earlier try
-        told = select(sweeps.c.marked).where(sweeps.c.sweep_id == request.sweep_id)
-        marked = (await db.execute(told)).scalar_one()
-    return int(marked)
+    closed = (await db.execute(close)).one_or_none()
+    if closed is None:  # by an earlier try
+        told = select(sweeps.c.marked, sweeps.c.detected)
+        closed = (await db.execute(told.where(sweeps.c.sweep_id == request.sweep_id))).one()
+    return closed
 
 
 async def record_contest(

@@ -36,6 +36,7 @@ from orphan_recovery.sweep import (
 )
 from orphan_recovery.targets import find_target
 from orphan_recovery.turn import in_turn
+from orphan_recovery.verdict import Verdict
 
 MAX_SETTLE_SECONDS: Final = 86_400
 
@@ -183,20 +184,21 @@ async def _report_on(request: SweepRequest) -> dict[str, Any]:
 
 
 async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport) -> None:
-    failed = []
+    failed, decision = list[Verdict](), None
     try:
         look = await retried(
             lambda: in_turn(engine, request, lambda db, other: begin(db, request, other))
         )
         tell_of(look, report)
-        if look.is_idle:  # and closed already
+        if look.is_closed:
             return
         if look.doubt is not None and not request.dry_run:
             look = await _look_again(engine, request, report, look, look.doubt)
         decision = await in_transaction(engine, lambda db: decide_on(db, report, look))
         report.held = decision.held
         # What falls silent after the look is not for this sweep.
-        failed = await judge_all(engine, report, decision) if look.fleet.orphans else []
+        if look.fleet.orphans:
+            await judge_all(engine, report, decision, failed)
     except ConfigurationError:
         raise
     except Exception as error:
@@ -204,7 +206,8 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
     if report.fleet is None:  # it never began, and has nothing to close
         return
     try:
-        report.judged(await in_transaction(engine, lambda db: finish(db, report, failed)))
+        settled = await in_transaction(engine, lambda db: finish(db, report, failed, decision))
+        report.judged(settled)
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error)

@@ -21,6 +21,12 @@ SHOWN: Final = 1_000
 """Runs that a report lists at most; the ledger has all."""
 
 
+MISSING_RIGHT: Final = (
+    "This database role lacks a right: `orphan-recovery sql --target {}`, run as one that has it, "
+    "prints a role with all that a sweep needs."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a sweep did not dare: the runs of an open hold that nobody has released."""
@@ -59,9 +65,13 @@ class SweepReport:
     """Why the sweep looked a second time before it believed."""
     postponed: str | None = None
     """Why what has beaten once was left to the next sweep."""
+    doubted: str | None = None
+    """Why a sweep would not believe yet what a dry run saw."""
     held: Held | None = None
     seen_by: UUID | None = None
     """The sweep that looked in its place, after this one had begun, and judged what it found."""
+    server_started_at: datetime | None = None
+    """As it was when the sweep looked; None where another did."""
     marked_lately: int = 0
     """Verdicts that marked a run in the last 30 days."""
     contested_lately: int = 0
@@ -82,18 +92,23 @@ class SweepReport:
             if len(self._verdicts) < SHOWN or verdict.outcome is Outcome.FAILED:
                 self._verdicts.append(verdict)
 
-    def heard_of(self, marked: int) -> None:
-        """Take the ledger's count of marks: acknowledgements of whole slices may have been lost,
-        or slices themselves, with a server that crashed before the sweep was closed."""
-        self.detected += max(0, marked - self.recovered)
-        self.counts[Outcome.MARKED] = marked
+    def heard_of(self, marked: int, detected: int) -> None:
+        """Take the ledger's counts: acknowledgements of whole slices may have been lost, or slices
+        themselves, with a server that crashed before the sweep was closed."""
+        self.detected, self.counts[Outcome.MARKED] = detected, marked
 
     def looked(
-        self, fleet: Fleet, *, marked: int, contested: int, seen_by: UUID | None = None
+        self,
+        fleet: Fleet,
+        *,
+        server_started_at: datetime | None,
+        marked: int,
+        contested: int,
+        seen_by: UUID | None = None,
     ) -> None:
         """Keep what was seen before the sweep judged, and by which other; verdicts of the last 30
         days."""
-        self.fleet, self.seen_by = fleet, seen_by
+        self.fleet, self.seen_by, self.server_started_at = fleet, seen_by, server_started_at
         self.marked_lately, self.contested_lately = marked, contested
 
     @property
@@ -145,7 +160,7 @@ class SweepReport:
                 if self.counts[outcome]
             )
         else:
-            told = f"no {'other ' if self.held else ''}orphaned run found"
+            told = f"no {'other ' if self.held or self.postponed else ''}orphaned run found"
         told += f" (threshold {threshold}"
         told += " where no rule says otherwise" if self.request.target.rules else ""
         if self.fleet:
@@ -171,8 +186,16 @@ class SweepReport:
         if self.fleet is None:
             return []
         found = []
+        if self.doubted:
+            found.append(
+                f"a sweep would not believe that at once, because {self.doubted}: it looks twice, "
+                "leaves what has beaten to the next one, or asks a person"
+            )
         if self.postponed:
-            found.append(f"what has beaten is left to the next sweep, because {self.postponed}")
+            one = self.fleet.beating == 1
+            whose = f"{_runs(self.fleet.beating)} that {'has' if one else 'have'} beaten"
+            left = "is" if one else "are"
+            found.append(f"{whose} {left} left to the next sweep, because {self.postponed}")
         if self.contested_lately > self.request.target.contest_limit * self.marked_lately:
             found.append(
                 f"{self.contested_lately} of {self.marked_lately} verdicts of the last 30 days "
@@ -181,7 +204,8 @@ class SweepReport:
         if self.fleet.undatable:
             found.append(
                 f"{self.fleet.undatable} in flight without any sign of life "
-                "(all the times that would show one are empty) cannot be judged"
+                "(all the times that would show one are empty) cannot be judged; `orphan-recovery "
+                "doctor` names some"
             )
         if self.fleet.ahead:
             workers = ", ".join(self.fleet.ahead_workers) or "no worker named"
@@ -203,6 +227,8 @@ class SweepReport:
                 "The sweep did not come to its end. What it marked stands; what it left is "
                 "detected again by the next one. See to the cause named above, then run it again."
             )
+        if "SQLSTATE 42501" in (self.error or ""):
+            steps.append(MISSING_RIGHT.format(self.request.target.name))
         if self.held:
             target = self.request.target.name
             steps.append(
@@ -245,6 +271,7 @@ class SweepReport:
             "held": self.held.runs if self.held else 0,
             "hold": str(self.held.hold_id) if self.held else None,
             "looked_twice": self.looked_twice,
+            "postponed": self.postponed,
             "seen_by": str(self.seen_by) if self.seen_by else None,
             "runs": [_entry(item) for item in listed],
             "error": self.error,

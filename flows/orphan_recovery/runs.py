@@ -183,14 +183,21 @@ class RunsTable:
 
     @cached_property
     def in_flight(self) -> ColumnElement[bool]:
-        """Values of the column's own type: only so does the partial index serve them."""
-        return self.table.c.status.in_(
-            [literal(s, self.facts["status"].type) for s in self.target.in_flight]
-        )
+        """Values of the column's own type: only so does the partial index serve them; and what
+        equals them there may be another text (``1.0``, or another case)."""
+        return self._has_status(*self.target.in_flight)
+
+    @cached_property
+    def is_waiting(self) -> ColumnElement[bool]:
+        return self._has_status(*self.target.waiting)
 
     @cached_property
     def is_crashed(self) -> ColumnElement[bool]:
-        return self.table.c.status == literal(self.target.crashed, self.facts["status"].type)
+        return self._has_status(self.target.crashed)
+
+    def _has_status(self, *words: str) -> ColumnElement[bool]:
+        kind = self.facts["status"].type
+        return self.table.c.status.in_([literal(word, kind) for word in words])
 
     @cached_property
     def worker_seen_at(self) -> ColumnElement[datetime | None]:

@@ -43,7 +43,8 @@ def look_up_schedule(target: Target) -> Schedule:
     if not deployments:
         return Schedule(
             f"the Prefect API at {api} has no deployment that sweeps this target",
-            way_out="`prefect --no-prompt deploy --all`, or `orphan-recovery serve`",
+            way_out="`prefect --no-prompt deploy --all`, for another target than the default one "
+            "after adding it to prefect.yaml (it shows how); or `orphan-recovery serve`",
         )
     names = ", ".join(sorted(deployment.name for deployment in deployments))
     intervals = [
@@ -63,7 +64,9 @@ def look_up_schedule(target: Target) -> Schedule:
     if not intervals:
         return Schedule(
             f"deployments at {api}: {names}; none has an interval schedule that is active",
-            way_out="resume the schedule of the deployment in Prefect's UI",
+            way_out="resume the schedule of its deployment in Prefect's UI; or, where there is "
+            f"none, add one with the parameter target {target.name!r} to prefect.yaml (it shows "
+            "how) and deploy it, or use `orphan-recovery serve`",
         )
     return Schedule(f"deployments at {api}: {names}; every {span(min(intervals))}", min(intervals))
 

@@ -11,13 +11,21 @@ from uuid import UUID
 
 from sqlalchemy import select
 
+from orphan_recovery.catalog import Relation
 from orphan_recovery.database import Executor
 from orphan_recovery.detect import Fleet
 from orphan_recovery.ledger import sweeps
 
+
+def question_about(question: str | None, relation: Relation) -> str | None:
+    """What a sweep asked, of which table: one name may mean another on another search_path."""
+    return None if question is None else f"{question} {relation.schema}.{relation.name}"
+
+
 WHO_ANSWERS: Final = """
     (SELECT sweep_id FROM orphan_recovery.sweeps
-     WHERE target = :target AND question = :question
+     WHERE target = :target
+       AND question = CAST(:question AS text) || ' ' || schemas.nspname || '.' || tables.relname
        AND seen_by IS NULL  -- it looked itself: what was marked is told there
        AND opened_at > statement_timestamp() - CAST(:called AS interval)
        AND opened_at <= statement_timestamp()
@@ -29,8 +37,9 @@ WHO_ANSWERS: Final = """
 """
 """The sweep whose look answers for another's, or NULL; the latest of them.
 
-Of the parameters ``target`` and ``question`` (see :attr:`SweepRequest.question`) of the other, and
-``called``: how long ago it was called. That span is the caller's own measure, and the only thing
+Of the parameters ``target`` and ``question`` (see :attr:`SweepRequest.question`) of the other, of
+its table by ``schemas.nspname`` and ``tables.relname``, and of ``called``: how long ago it was
+called. That span is the caller's own measure, and the only thing
 here that is not the database's; where its clock stands still, or the question is long on its way,
 it is too short, and a look that would have answered does not.
 """

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, RowMapping, Select, and_, func, literal, s
 from orphan_recovery.database import Executor, address, make_engine, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.doubt import CONTESTS_WITHIN
-from orphan_recovery.ledger import SCHEMA, contests, verdicts
+from orphan_recovery.ledger import SCHEMA, contests, ledger_there, verdicts
 from orphan_recovery.report import iso
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.target import Target
@@ -58,8 +58,9 @@ async def crash_summary(db: Executor, target: Target) -> dict[str, Any]:
     total, newest = _by_status(table) if own else _by_ledger(table)
     if not table.has("completed_at"):  # the rows do not say which are the newest
         _, newest = _by_ledger(table)
-    count = await db.execute(total)
-    recent = (await db.execute(newest)).mappings()
+    async with ledger_there():
+        count = await db.execute(total)
+        recent = (await db.execute(newest)).mappings()
     return {
         "total_crashed": count.scalar_one(),
         "recent_crashes": [

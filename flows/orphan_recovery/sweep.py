@@ -8,13 +8,14 @@ import os
 import socket
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Text, and_, any_, false, literal, or_, select
+from sqlalchemy import ColumnElement, Text, and_, any_, false, func, literal, or_, select, true
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from orphan_recovery import RECOVERY_ENABLED
-from orphan_recovery.database import Executor
+from orphan_recovery.database import Executor, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Fleet, Silence, look_at_fleet, look_at_silence, orphans
 from orphan_recovery.doubt import (
@@ -26,17 +27,17 @@ from orphan_recovery.doubt import (
     look_at_circumstances,
     look_at_server,
 )
-from orphan_recovery.hold import Decision, decide
+from orphan_recovery.hold import Decision, decide, what_is_held
 from orphan_recovery.ledger import ledger_there
 from orphan_recovery.log import logger
-from orphan_recovery.mark import settle
+from orphan_recovery.mark import has_verdict, settle
 from orphan_recovery.record import close_sweep, open_sweep
-from orphan_recovery.report import SweepReport
+from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ENABLED_VARIABLE, load_settings
-from orphan_recovery.shared import left_by
+from orphan_recovery.shared import left_by, question_about
 from orphan_recovery.verdict import Outcome, Verdict
 
 
@@ -67,11 +68,19 @@ class Look:
     """The other sweep that looked, where this one took over what it saw."""
     unlocked: frozenset[str] = frozenset()
     """Runs whose lock was gone at every look, where locks are the evidence."""
+    is_closed: bool = False
+    """Whether nothing is left to do, and the ledger has the sweep's end, if it has the sweep."""
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to judge and nothing to close: the common case."""
         return self.silence is None and not self.open_holds
+
+    def emptied(self) -> "Look":
+        """The same, as if it had found nothing to do."""
+        now = None if self.now is None else replace(self.now, open_holds=())
+        fleet = replace(self.fleet, orphans=0, beating=0)
+        return replace(self, now=now, fleet=fleet, silence=None, doubt=None, unlocked=frozenset())
 
     @property
     def open_holds(self) -> tuple[UUID, ...]:
@@ -96,8 +105,10 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
     Raises:
         ConfigurationError: the table or the ledger is not there, or the database is a standby.
     """
+    question = None
     if seen_by is None:
-        await runs_table(db, request.target)  # a description that does not fit is the first to tell
+        table = await runs_table(db, request.target)  # if it does not fit, that is first to tell
+        question = question_about(request.question, table.relation)
         async with ledger_there():
             now = await look_at_circumstances(db, request)
         look, timeline = await look_at(db, request, now), now.timeline
@@ -112,22 +123,35 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
             "runs_ahead_of_database_clock",
             extra={"count": fleet.ahead, "worker_ids": fleet.ahead_workers},
         )
-    if not request.dry_run:
-        await open_sweep(
-            db,
-            request,
-            fleet,
-            timeline,
-            nothing_to_do=look.is_idle,
-            seen_by=look.seen_by,
-        )
-    return look
+    if request.dry_run:
+        return replace(look, is_closed=look.is_idle)
+    is_closed = await open_sweep(
+        db,
+        request,
+        fleet,
+        timeline,
+        question=question,
+        nothing_to_do=look.is_idle,
+        seen_by=look.seen_by,
+    )
+    # What an earlier try closed, for it saw nothing, stays closed: what came since is for the next.
+    return replace(look.emptied() if is_closed else look, is_closed=is_closed)
 
 
 def tell_of(look: Look, report: SweepReport) -> None:
     """Keep in the report what was seen before the sweep judged."""
-    marked, contested = (0, 0) if look.now is None else (look.now.marked, look.now.contested)
-    report.looked(look.fleet, marked=marked, contested=contested, seen_by=look.seen_by)
+    now = look.now
+    if report.request.dry_run and look.silence is not None:
+        too_much = look.silence.is_too_much(report.request.target)
+        share = look.silence.in_words() if too_much else None
+        report.doubted = share if look.doubt is None else str(look.doubt)
+    report.looked(
+        look.fleet,
+        server_started_at=None if now is None else now.server_started_at,
+        marked=0 if now is None else now.marked,
+        contested=0 if now is None else now.contested,
+        seen_by=look.seen_by,
+    )
 
 
 async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Look:
@@ -139,7 +163,9 @@ async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Lo
     failed_over = now.other_timeline
     waited = before.waited + (before.doubt.wait if before.doubt else timedelta(0))
     doubt = look.doubt if came_up_again or failed_over else None
-    return replace(look, doubt=doubt, waited=waited, unlocked=before.unlocked & look.unlocked)
+    now = replace(now, last_sweep_at=before.now.last_sweep_at)  # for a hold to tell
+    unlocked = before.unlocked & look.unlocked
+    return replace(look, now=now, doubt=doubt, waited=waited, unlocked=unlocked)
 
 
 async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Look:
@@ -188,19 +214,30 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
         decision = replace(decision, among=_seen_unlocked(look.unlocked, decision.among))
     if not look.fleet.orphans:  # what came since was doubted by nobody: it is for the next sweep
         decision = replace(decision, among=_none)
-    return _logged(request, decision)
-
-
-def _logged(request: SweepRequest, decision: Decision) -> Decision:
-    if decision.held is not None:
-        fields = {"target": request.target.name, "hold_id": str(decision.held.hold_id)}
-        fields |= {"runs": str(decision.held.runs), "is_new": str(decision.held.is_new)}
-        logger.error("orphan_recovery_held", extra={**fields, "evidence": decision.held.evidence})
+    _logged(request, decision.held)
     return decision
 
 
-async def finish(db: Executor, report: SweepReport, failed: list[Verdict]) -> list[Verdict]:
+def _logged(request: SweepRequest, held: Held | None) -> Held | None:
+    if held is not None:
+        fields = {"target": request.target.name, "hold_id": str(held.hold_id)}
+        fields |= {"runs": str(held.runs), "is_new": str(held.is_new)}
+        logger.error("orphan_recovery_held", extra={**fields, "evidence": held.evidence})
+    return held
+
+
+async def finish(
+    db: Executor, report: SweepReport, failed: list[Verdict], decision: Decision | None
+) -> list[Verdict]:
     """Record what failed and close the sweep. Does not commit. A dry run has nothing to close.
+
+    A sweep that a hold came back over, or that a crash of the server made forget, says so.
+
+    Args:
+        db: a transaction of the caller's.
+        report: is told the ledger's counts, and what keeps the sweep from having ended well.
+        failed: what could not be marked.
+        decision: what the sweep might mark; None where it did not come to that.
 
     Returns:
         The failures as they now stand: a lost acknowledgement may turn out to have been a mark.
@@ -209,17 +246,47 @@ async def finish(db: Executor, report: SweepReport, failed: list[Verdict]) -> li
     if request.dry_run:
         return []
     settled = await settle(db, request, failed)
-    marked = await close_sweep(
+    detected, left = report.detected, 0
+    if decision is not None and report.error is None:
+        if decision.is_under_hold and report.held is None:  # an approval may have expired
+            report.held = _logged(request, await what_is_held(db, request))
+        if await _has_come_up_again(db, report):
+            detected, left = 0, await _left(db, request, decision)
+            report.error = _FORGOTTEN.format(left) if left else None
+    closed = await close_sweep(
         db,
         request,
-        detected=report.detected,
+        detected=detected,
+        left=left,
         error=report.error,
         looked_twice=report.looked_twice or report.postponed,
         hold=report.held.hold_id if report.held else None,
     )
     late = sum(verdict.outcome is Outcome.MARKED for verdict in settled)
-    report.heard_of(marked - late)
+    report.heard_of(closed.marked - late, closed.detected)
     return settled
+
+
+_FORGOTTEN: Final = (
+    "the server crashed, and forgot what was marked a moment before: {} of the orphans have no "
+    "verdict, and are detected again by the next sweep"
+)
+
+
+async def _has_come_up_again(db: Executor, report: SweepReport) -> bool:
+    """Whether the server may have forgotten slices, which do not wait for the disk."""
+    if report.server_started_at is None:
+        return False
+    started = (await db.execute(select(server_started()))).scalar_one()
+    return bool(started != report.server_started_at)
+
+
+async def _left(db: Executor, request: SweepRequest, decision: Decision) -> int:
+    """How many orphans the sweep might have marked and has no verdict on, in runs. Reads only."""
+    table = await runs_table(db, request.target)
+    allowed = true() if decision.among is None else decision.among(table)
+    found = orphans(table, request).where(allowed, ~has_verdict(request, table.run_id)).subquery()
+    return int((await db.execute(select(func.count()).select_from(found))).scalar_one())
 
 
 def _seen_unlocked(unlocked: frozenset[str], among: Among | None) -> Among:

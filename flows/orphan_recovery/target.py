@@ -32,6 +32,8 @@ MATCHED: Final = ("task", "tenant_id", "worker_id", "status")
 """What a rule may look at."""
 
 _TARGET_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_BLOCK = re.compile(r"[a-z0-9-]+")
 _TABLE_PART = re.compile(r'"((?:[^"]|"")+)"|([^".]+)')
 
 
@@ -96,6 +98,20 @@ def _table(value: str) -> str:
     return value
 
 
+def _variable(value: str) -> str:
+    if not _VARIABLE.fullmatch(value):  # not shown: it may be an address, with its password
+        raise ValueError("give the name of a variable that holds the address, not the address")
+    return value
+
+
+def _block(value: str) -> str:
+    if not _BLOCK.fullmatch(value):  # not shown either
+        raise ValueError(
+            "give the name of a Prefect Secret block, of lower-case letters, digits and dashes"
+        )
+    return value
+
+
 def _words(value: object) -> object:
     """Statuses may be numbers in the table; they are compared as text."""
     value = _listed(value)
@@ -117,6 +133,8 @@ Minutes = Annotated[int, BeforeValidator(_number), Field(ge=1, le=MAX_THRESHOLD_
 Share = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, le=60 * MAX_THRESHOLD_MINUTES)]
 TableName = Annotated[Text, AfterValidator(_table)]
+Variable = Annotated[Text, AfterValidator(_variable)]
+Block = Annotated[Text, AfterValidator(_block)]
 
 
 class _Described(BaseModel):
@@ -191,9 +209,9 @@ class Target(_Described):
     """One table that is swept: where it is, what its columns and statuses are called."""
 
     name: str = DEFAULT_TARGET
-    database_url_env: Text | None = None
+    database_url_env: Variable | None = None
     """The environment variable that holds its database's address."""
-    database_url_secret: Text | None = None
+    database_url_secret: Block | None = None
     """The Prefect Secret block that holds it."""
     table: TableName = DEFAULT_TABLE
     in_flight: Annotated[Statuses, Field(min_length=1)] = ("queued", "running")

@@ -136,7 +136,8 @@ def find_target(name: str | None = None) -> Target:
         if name not in targets:
             raise ConfigurationError(
                 f"there is no target {name!r}{asked}; there is {', '.join(map(repr, targets))}"
-                + ("" if _config_path() else f", and no file {CONFIG_FILE}")
+                + ("" if _config_path() else f", and no file {CONFIG_FILE} in {Path.cwd()}: ")
+                + ("" if _config_path() else f"name it by {CONFIG_VARIABLE}, with its whole path")
             )
         return targets[name]
     if DEFAULT_TARGET in targets:
@@ -196,7 +197,8 @@ def _read_file() -> tuple[Path, str]:
         return path, path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(
-            f"{CONFIG_VARIABLE} names {str(path)!r}, which cannot be read ({error.strerror}): "
+            f"{CONFIG_VARIABLE} names {str(path)!r}, which cannot be read from {Path.cwd()} "
+            f"({error.strerror}): "
             "name the file that describes the targets, or unset it; for `init` to write to it, "
             "make an empty one first"
         ) from None
@@ -214,7 +216,9 @@ def _explain(path: Path, problem: Any) -> str:
         return f"{place} is no key: {hint}known are {', '.join(known)}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "Give")
     value = problem["input"]
-    if isinstance(value, dict | list | tuple | BaseModel) or problem["type"] == "missing":
+    if keys[-1:] in (["database_url_env"], ["database_url_secret"]) or problem["type"] == "missing":
+        return f"{place}: {message[0].lower()}{message[1:]}"
+    if isinstance(value, dict | list | tuple | BaseModel):
         return f"{place}: {message[0].lower()}{message[1:]}" if keys else f"{path}: {message}"
     return f"{place} is {redact(repr(value))}: {message[0].lower()}{message[1:]}"
 

@@ -106,7 +106,11 @@ async def _wait_for_others(
     async with engine.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
         while (now := time.monotonic()) < ends:
-            seen = await _ask(connection, about, called, take=False)
+            try:
+                async with asyncio.timeout(ends - now):
+                    seen = await _ask(connection, about, called, take=False)
+            except TimeoutError:  # somebody has locked the ledger: the look itself tells that
+                return False
             if seen.answers or (seen.free == LANES and seen.open_with is None):
                 return False
             all_free_since = (all_free_since or now) if seen.free == LANES else None

@@ -33,7 +33,6 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.runs import RunsTable, stored
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.target import Target
 from orphan_recovery.targets import where
 
 _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
@@ -80,7 +79,7 @@ async def beat(
     lost: dict[tuple[str, str | None], RunLost] = {}
     if left:
         for row in (await db.execute(look(table, left))).mappings():
-            by = lost_by(table.target, row)
+            by = lost_by(row)
             if by is not None:
                 lost[row["run_id"], row["held_by"]] = RunLost(row["run_id"], by, found(row))
     return Beaten(thresholds, lost)
@@ -135,6 +134,8 @@ def look(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[Any
             seen.c.worker_id.label("held_by"),
             table.run_id.label("key"),
             table.key[0].is_(None).label("vanished"),
+            table.in_flight.label("in_flight"),
+            table.is_crashed.label("is_crashed"),
             table.text("status").label("status"),
             table.text("worker_id").label("worker_id"),
             table.text("completed_at").label("completed_at"),
@@ -163,13 +164,13 @@ def is_own(table: RunsTable, worker_id: ColumnElement[Any]) -> ColumnElement[boo
     return or_(worker_id.is_(None), table.text("worker_id") == worker_id)
 
 
-def lost_by(target: Target, row: RowMapping) -> LostBy | None:
+def lost_by(row: RowMapping) -> LostBy | None:
     """How a run was lost, from its row as it stands; None if it is not."""
     if row["vanished"]:
         return LostBy.VANISHED
-    if row["status"] == target.crashed:
+    if row["is_crashed"]:
         return LostBy.MARKED
-    if row["status"] not in target.in_flight:
+    if not row["in_flight"]:
         return LostBy.FINISHED
     return None if row["own"] else LostBy.CHANGED_HANDS
 

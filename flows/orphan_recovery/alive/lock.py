@@ -131,7 +131,7 @@ class Locks:
         by_run = {(row["run_id"], row["held_by"]): row for row in rows}
         for run in runs:
             row = by_run[run]
-            by = lost_by(self.target, row)
+            by = lost_by(row)
             if by is not None:
                 lost[run] = RunLost(run[0], by, found(row))
             elif self._whose(run) in self._held:

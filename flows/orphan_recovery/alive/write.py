@@ -29,7 +29,7 @@ _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
 
 async def claim(
-    run_id: str, worker_id: str, *, status: str | None = None, target: str | None = None
+    run_id: str, worker_id: str, *, status: str | int | None = None, target: str | None = None
 ) -> bool:
     """Take a run that nobody holds. Commits. Any number of workers may ask at once; one gets it.
 
@@ -54,7 +54,7 @@ async def claim(
 
 
 def claim_sync(
-    run_id: str, worker_id: str, *, status: str | None = None, target: str | None = None
+    run_id: str, worker_id: str, *, status: str | int | None = None, target: str | None = None
 ) -> bool:
     """:func:`claim` from synchronous code."""
     meant = find_target(target)
@@ -65,7 +65,7 @@ async def finish_run(
     run_id: str,
     *,
     worker_id: str | None = None,
-    status: str = "completed",
+    status: str | int = "completed",
     output: Any = None,
     error: str | None = None,
     target: str | None = None,
@@ -87,7 +87,7 @@ async def finish_run(
         sqlalchemy.exc.DBAPIError: as the database raised it, after the retries of the policy.
     """
     meant = find_target(target)
-    result = _Result(status, output, error)
+    result = _Result(str(status), output, error)
     await await_future(_submit(meant, _finish(meant, str(run_id), worker_id, result)))
 
 
@@ -95,14 +95,14 @@ def finish_run_sync(
     run_id: str,
     *,
     worker_id: str | None = None,
-    status: str = "completed",
+    status: str | int = "completed",
     output: Any = None,
     error: str | None = None,
     target: str | None = None,
 ) -> None:
     """:func:`finish_run` from synchronous code."""
     meant = find_target(target)
-    result = _Result(status, output, error)
+    result = _Result(str(status), output, error)
     _submit(meant, _finish(meant, str(run_id), worker_id, result)).result()
 
 
@@ -131,8 +131,8 @@ def _submit(target: Target, work: Any) -> Any:
     return beater_of(target, address(target), None).submit(retried)
 
 
-def _claim(target: Target, run_id: str, worker_id: str, status: str | None) -> Any:
-    running = status or _running(target)
+def _claim(target: Target, run_id: str, worker_id: str, status: str | int | None) -> Any:
+    running = _running(target) if status is None else str(status)
     if running not in target.in_flight:
         raise ConfigurationError(
             f"status is {running!r}, which {where(target, 'in_flight')} does not have"
@@ -203,7 +203,7 @@ def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result)
             row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
             if not first and row["own"] and row["status"] == result.status:
                 return  # an earlier try was heard after all
-        by = lost_by(target, row) or LostBy.CHANGED_HANDS
+        by = lost_by(row) or LostBy.CHANGED_HANDS
         contested = by is LostBy.MARKED and await _contest(
             engine, table, row["key"], worker_id, result
         )
