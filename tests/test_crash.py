@@ -84,3 +84,12 @@ async def test_a_sweep_whose_marks_were_forgotten_at_its_end_says_so(
     assert (told["ended_as"], told["detected"], told["marked"]) == ("failed", 40, 40 - len(left))
     assert (await run_sweep(SweepRequest(asked_by="the next"))).recovered == len(left)
     assert db.outcomes() == dict.fromkeys(orphans, "marked")
+
+
+async def test_what_a_limit_left_was_not_forgotten(
+    own: Server, db: Restarted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db.add_orphans(40)
+    crash_before(monkeypatch, recover, "finish", own, db)
+    report = await run_sweep(SweepRequest(asked_by="test", limit=5))
+    assert (report.error, report.detected, report.recovered) == (None, 5, 5)

@@ -139,6 +139,8 @@ def draft_target(
     draft.say("threshold_minutes = 30  # the silence that makes an orphan; see `doctor`")
     section: list[str] = []
     heartbeat = _worker_table(connection, relation)
+    if heartbeat is not None or "heartbeat_at" in columns:
+        draft.say("heartbeat_seconds = 10  # how often workers beat; say so, or it is estimated")
     if heartbeat is not None and heartbeat[2] not in columns.values():
         columns.setdefault("worker_id", heartbeat[2])
     if heartbeat is None and not columns.keys() & {"created_at", "started_at", "heartbeat_at"}:

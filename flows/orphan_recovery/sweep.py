@@ -274,8 +274,9 @@ _FORGOTTEN: Final = (
 
 
 async def _has_come_up_again(db: Executor, report: SweepReport) -> bool:
-    """Whether the server may have forgotten slices, which do not wait for the disk."""
-    if report.server_started_at is None:
+    """Whether the server may have forgotten slices, which do not wait for the disk. Where a limit
+    leaves orphans, none are taken."""
+    if report.server_started_at is None or report.request.limit is not None:
         return False
     started = (await db.execute(select(server_started()))).scalar_one()
     return bool(started != report.server_started_at)
