@@ -583,8 +583,8 @@ async def test_where_no_threshold_would_have_been_safe_the_longest_silence_is_to
     many(db, 20, "5 hours", task="night")
     tested, _ = await replayed()
     assert headline(tested) == (
-        "30 min (now) would have crashed 20 of 20 runs that finished, in task night; none of "
-        "these would have crashed none, and the longest silence was 5 h"
+        "30 min (now) would have crashed 20 of 20 runs that finished, in task night; each of "
+        "these would have crashed some, and the longest silence was 5 h"
     )
 
 

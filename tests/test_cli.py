@@ -60,6 +60,12 @@ def test_sweep_prints_json_for_scripts_and_nothing_else(db: Database) -> None:
     assert done.stderr == ""
 
 
+def test_a_dry_run_with_a_limit_says_how_many_there_are(db: Database) -> None:
+    db.add_orphans(5)
+    looked = run("sweep", "--dry-run", "--limit", "2").stdout
+    assert "dry run: 2 orphaned runs would be judged of 5, nothing was written" in looked
+
+
 def test_where_a_table_would_be_too_long_it_says_where_the_rest_is(db: Database) -> None:
     db.add_orphans(210)
     assert "200 of 210 are shown: --json lists up to 1,000" in run("sweep", "--dry-run").stdout

@@ -108,7 +108,7 @@ async def test_where_all_is_well_each_line_says_so(
         told = {finding.about: finding.told for finding in findings}
         assert "public.worker_runs" in told["table"]
         assert "heartbeat_at timestamp with time zone" in told["columns"]
-        assert told["statuses"] == "1 completed, 6 running"
+        assert told["statuses"] == "completed: 1, running: 6"
         assert "worker_runs_in_flight" in told["index"]
         assert "estimated from 6 runs that beat" in told["threshold"]
         assert "a sweep comes every 5 min" in told["threshold"]
@@ -187,7 +187,7 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             {},
             Level.WARNING,
             "statuses",
-            "the target does not know: 2 'paused'",
+            "the target does not know: 'paused': 2",
             "add each to in_flight, waiting or terminal",
         ),
         (

@@ -45,7 +45,7 @@ def _headline(tested: Backtest) -> str:
         told += f", {shorter[-1].minutes} min {_crashed(shorter[-1], None)}"
     if safe is None:
         longest = f", and the longest silence was {_span(tested.longest)}" if crashed else ""
-        return f"{told}; none of these would have crashed none{longest}"
+        return f"{told}; each of these would have crashed some{longest}"
     if safe is now:
         return f"{told}; it is the least of these that would have crashed none"
     told += f"; {safe.minutes} min is the least of these that would have crashed none: recovery "

@@ -150,8 +150,10 @@ def migrate(
     where = f"{shown(url)} (target {meant.name})"
     for what in did.done:
         typer.echo(f"{'removed' if down else 'made'}: {what}")
-    if did.done:
+    if did.before != did.after:
         typer.echo(f"{where} went from revision {did.before} to {did.after}")
+    elif did.done:
+        typer.echo(f"{where} is at revision {did.after}, as before")
     else:
         typer.echo(f"{where} is at revision {did.after} already, with nothing to do")
 

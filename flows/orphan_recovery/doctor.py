@@ -206,9 +206,9 @@ async def _statuses(asked: _Examined) -> list[Finding]:
     known = {*target.in_flight, *target.waiting, *(target.ends or ()), target.crashed}
     unknown = {s: n for s, n in counts.items() if s not in known}
     if not unknown:
-        told = ", ".join(f"{n} {s}" for s, n in counts.items()) or "no rows yet"
+        told = ", ".join(f"{s}: {n:,}" for s, n in counts.items()) or "no rows yet"
         return [Finding(Level.OK, "statuses", told)]
-    told = ", ".join(f"{n} {'NULL' if s is None else repr(s)}" for s, n in unknown.items())
+    told = ", ".join(f"{'NULL' if s is None else repr(s)}: {n:,}" for s, n in unknown.items())
     return [
         Finding(
             Level.WARNING,

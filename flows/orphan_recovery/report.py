@@ -152,7 +152,10 @@ class SweepReport:
         if not self.request.by_rules:
             threshold = span(self.request.threshold)
         if self.request.dry_run:
-            told = f"dry run: {_runs(self.detected)} would be judged, nothing was written"
+            told = f"dry run: {_runs(self.detected)} would be judged"
+            if self.request.limit and self.fleet and self.fleet.orphans > self.detected:
+                told += f" of {self.fleet.orphans}"
+            told += ", nothing was written"
         elif self.detected:
             told = f"{_runs(self.detected)} detected: " + ", ".join(
                 f"{self.counts[outcome]} {_IN_WORDS[outcome]}"
