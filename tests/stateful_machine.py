@@ -223,9 +223,14 @@ class Machine(Deeds, RuleBasedStateMachine):
         async def work() -> None:
             await self.end_all(commit=True)
             asked = self.request()
-            with suppress(Killed), self.world.interrupted(at, happens):
-                await self.swept(asked)
-            await self.sweep(again=asked if same and what == "is killed" else None)
+            is_killed = False
+            try:
+                with self.world.interrupted(at, happens):
+                    await self.swept(asked)
+            except Killed:
+                is_killed = True
+            # Nobody tries again a sweep that has ended.
+            await self.sweep(again=asked if same and is_killed else None)
 
         run, *_ = [self.newborn(kind) for kind in runs]
         self.run(work())
@@ -280,7 +285,8 @@ class Machine(Deeds, RuleBasedStateMachine):
                 with self.world.interrupted(at, while_it_looks):
                     await self.sweep_of(dead, otherwise=self.swept)
             report = await self.sweep_of(dead, otherwise=self.sweep)
-            if report.held is not None:
+            # An earlier hold may stand that is about others.
+            if report.held is not None and self.named_in_holds() >= set(dead):
                 hold = str(report.held.hold_id)
                 if then in ("is approved", "was approved for too short"):
                     async with database.transaction(self.world.engine) as db:
@@ -314,14 +320,26 @@ class Machine(Deeds, RuleBasedStateMachine):
     def standing(self) -> list[Row]:
         return self.db.do("SELECT * FROM orphan_recovery.holds WHERE ended_at IS NULL")
 
+    def named_in_holds(self) -> set[str]:
+        return {
+            row["run_id"]
+            for row in self.db.do(
+                "SELECT run_id FROM orphan_recovery.hold_runs JOIN orphan_recovery.holds"
+                " USING (hold_id) WHERE ended_at IS NULL"
+            )
+        }
+
     async def sweep_of(
         self, fleet: list[str], *, otherwise: Callable[[], Awaitable[SweepReport]]
     ) -> SweepReport:
         """A sweep that marks none of a fleet if too much of it looks dead."""
         was, held_before = list(self.rows().values()), self.standing()
+        named = self.named_in_holds()
         report = await otherwise()
-        now = self.world.hands["now"]
-        too_much = is_too_much(looks_dead(was, now, timedelta(minutes=30)))
+        now, threshold = self.world.hands["now"], timedelta(minutes=30)
+        # Beside a hold it is what is left that counts.
+        left = looks_dead([row for row in was if row["id"] not in named], now, threshold)
+        too_much = is_too_much(looks_dead(was, now, threshold)) and is_most(left)
         marked = [row for row in self.rows().values() if row["id"] in fleet]
         marked = [row for row in marked if row["status"] == "crashed"]
         must(not (too_much and marked), "marked most of a fleet, and asked nobody:", marked)
@@ -364,7 +382,7 @@ class Machine(Deeds, RuleBasedStateMachine):
                 self.db.do(statement)
 
     def teardown(self) -> None:
-        """All end, time passes, one sweep finds whatever is dead, and somebody tampers with it."""
+        """All end, time passes, a sweep finds whatever is dead, and somebody tampers with it."""
 
         async def work() -> None:
             is_broken = sys.exception() is not None
@@ -375,6 +393,11 @@ class Machine(Deeds, RuleBasedStateMachine):
             latest = max([*hands.values(), *map(sign_of, self.rows().values())])
             self.world.pass_time(latest - hands["now"] + timedelta(days=1))
             await self.sweep()
+            if held := self.standing():  # nobody was heard of: then a person decides
+                async with database.transaction(self.world.engine) as db:
+                    for hold in held:
+                        await approve(db, str(hold["hold_id"]), by="a person")
+                await self.sweep()
             left = [row for row in self.rows().values() if row["status"] in IN_FLIGHT]
             left = [row for row in left if row["task"] != "nightly"]
             must(not left, "never recovered:", left)
