@@ -108,7 +108,7 @@ def test_a_role_without_rights_is_told_where_to_find_them(db: Database) -> None:
         assert "next: This database role lacks a right: `orphan-recovery sql" in swept.stderr
         asked = run("approve", "aaaa", ORPHAN_RECOVERY_DATABASE_URL=url)
         assert (asked.returncode, asked.stdout) == (1, "")
-        assert "`orphan-recovery sql` prints what it needs" in asked.stderr
+        assert "This database role lacks a right: `orphan-recovery sql`" in asked.stderr
     finally:
         db.do("DROP OWNED BY reader")
         db.do("DROP ROLE reader")

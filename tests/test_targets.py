@@ -194,6 +194,11 @@ ELSEWHERE = (
         ("threshold_minutes = 5", "threshold_minutes is no key", "known are targets"),
         ("[target.billing]", "target is no key", "did you mean 'targets'?"),
         (f"{HEAD}tabel = 'x'", "targets.billing.tabel is no key", "did you mean 'table'?"),
+        (
+            f"{HEAD}database_url_secret = 'postgresql://me:S3cret@host/db'",
+            "targets.billing.database_url_secret: give the name of a Prefect Secret block",
+            "lower-case letters",
+        ),
         (f"{HEAD}name = 'x'", "targets.billing has a key 'name'", "its heading is its name"),
         (
             f"{COLUMNS}heartbeat = 'x'",

@@ -301,14 +301,12 @@ def main() -> None:
         from psycopg import Error
         from sqlalchemy.exc import DBAPIError
 
-        from orphan_recovery.database import describe
+        from orphan_recovery.database import MISSING_RIGHT, describe, lacks_a_right
 
         if not isinstance(error, DBAPIError | Error | OSError):
             raise
         told = describe(error)
-        if "SQLSTATE 42501" in told:
-            told += ". This database role lacks a right: `orphan-recovery sql` prints what it needs"
-        _fail(told, code=1)
+        _fail(f"{told}. {MISSING_RIGHT}" if lacks_a_right(told) else told, code=1)
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

@@ -248,3 +248,14 @@ def describe(error: BaseException) -> str:
     code = getattr(cause, "sqlstate", None)
     suffix = f" (SQLSTATE {code})" if isinstance(code, str) else ""
     return redact(f"{type(cause).__name__}: {message[:600]}{suffix}")
+
+
+def lacks_a_right(told: str) -> bool:
+    """Whether that is why it went wrong, by what :func:`describe` told."""
+    return "(SQLSTATE 42501)" in told
+
+
+MISSING_RIGHT: Final = (
+    "This database role lacks a right: `orphan-recovery sql`, run as one that has it, prints a "
+    "role with all that a sweep needs."
+)

@@ -16,14 +16,20 @@ from sqlalchemy import Select, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from orphan_recovery.database import address, describe, make_engine
+from orphan_recovery.database import (
+    MISSING_RIGHT,
+    address,
+    describe,
+    lacks_a_right,
+    make_engine,
+)
 from orphan_recovery.ddl import create_index, truth_trigger_is_there, written_columns
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import look_at_fleet, orphans
 from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.ledger import SCHEMA, Ended, holds, sweeps
 from orphan_recovery.migrate import newest_revisions, revisions
-from orphan_recovery.report import MISSING_RIGHT, iso, span
+from orphan_recovery.report import iso, span
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import shortest
 from orphan_recovery.runs import ROLES, RunsTable
@@ -95,8 +101,8 @@ async def _database(engine: AsyncEngine, target: Target, schedule: Schedule) -> 
         return [*findings, Finding(Level.FAILURE, "table", str(error))]
     except (DBAPIError, OSError) as error:
         way_out = "see whether the address, the password and the network are right"
-        if "SQLSTATE 42501" in describe(error):
-            way_out = MISSING_RIGHT.format(target.name)
+        if lacks_a_right(describe(error)):
+            way_out = MISSING_RIGHT
         return [Finding(Level.FAILURE, "database", describe(error), way_out)]
     for about, ask in _QUESTIONS.items():
         try:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
+from orphan_recovery.database import MISSING_RIGHT, lacks_a_right
 from orphan_recovery.detect import Fleet
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
@@ -19,12 +20,6 @@ from orphan_recovery.verdict import Outcome, Verdict
 
 SHOWN: Final = 1_000
 """Runs that a report lists at most; the ledger has all."""
-
-
-MISSING_RIGHT: Final = (
-    "This database role lacks a right: `orphan-recovery sql --target {}`, run as one that has it, "
-    "prints a role with all that a sweep needs."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +225,8 @@ class SweepReport:
                 "The sweep did not come to its end. What it marked stands; what it left is "
                 "detected again by the next one. See to the cause named above, then run it again."
             )
-        if "SQLSTATE 42501" in (self.error or ""):
-            steps.append(MISSING_RIGHT.format(self.request.target.name))
+        if lacks_a_right(self.error or ""):
+            steps.append(MISSING_RIGHT)
         if self.held:
             target = self.request.target.name
             steps.append(

@@ -32,8 +32,6 @@ MATCHED: Final = ("task", "tenant_id", "worker_id", "status")
 """What a rule may look at."""
 
 _TARGET_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_BLOCK = re.compile(r"[a-z0-9-]+")
 _TABLE_PART = re.compile(r'"((?:[^"]|"")+)"|([^".]+)')
 
 
@@ -98,18 +96,15 @@ def _table(value: str) -> str:
     return value
 
 
-def _variable(value: str) -> str:
-    if not _VARIABLE.fullmatch(value):  # not shown: it may be an address, with its password
-        raise ValueError("give the name of a variable that holds the address, not the address")
-    return value
+def _fitting(pattern: str, told: str) -> AfterValidator:
+    """What does not fit is not shown: it may be an address, with its password."""
 
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(told)
+        return value
 
-def _block(value: str) -> str:
-    if not _BLOCK.fullmatch(value):  # not shown either
-        raise ValueError(
-            "give the name of a Prefect Secret block, of lower-case letters, digits and dashes"
-        )
-    return value
+    return AfterValidator(check)
 
 
 def _words(value: object) -> object:
@@ -133,8 +128,20 @@ Minutes = Annotated[int, BeforeValidator(_number), Field(ge=1, le=MAX_THRESHOLD_
 Share = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Seconds = Annotated[float, BeforeValidator(_number), Field(gt=0, le=60 * MAX_THRESHOLD_MINUTES)]
 TableName = Annotated[Text, AfterValidator(_table)]
-Variable = Annotated[Text, AfterValidator(_variable)]
-Block = Annotated[Text, AfterValidator(_block)]
+Variable = Annotated[
+    Text,
+    _fitting(
+        r"[A-Za-z_][A-Za-z0-9_]*",
+        "give the name of a variable that holds the address, not the address",
+    ),
+]
+Block = Annotated[
+    Text,
+    _fitting(
+        r"[a-z0-9-]+",
+        "give the name of a Prefect Secret block, of lower-case letters, digits and dashes",
+    ),
+]
 
 
 class _Described(BaseModel):
