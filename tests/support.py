@@ -128,3 +128,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def open_in_the_ledger(
+    db: Database, target: str = "default", age: int = 0, detected: int | None = None
+) -> None:
+    """A sweep that has looked, so many seconds ago, found so many orphans, and does not end."""
+    db.do(
+        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+        " threshold, scope, version, detected, opened_at) VALUES (gen_random_uuid(), %s,"
+        " 'worker_runs', 'test', 'test', '30 min', '{}', '0', %s,"
+        " now() - make_interval(secs => %s))",
+        *(target, detected, age),
+    )

@@ -17,7 +17,7 @@ from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport, as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
-from support import Database, until
+from support import Database, open_in_the_ledger, until
 
 Connection = psycopg.Connection[dict[str, Any]]
 SOON = 10.0
@@ -163,11 +163,14 @@ async def test_who_is_answered_asks_the_ledger_alone(
     assert not [one for one in sent if "worker_runs" in one or "pg_attribute" in one]
 
 
+@pytest.mark.parametrize("is_open", [False, True], ids=["unknown", "open in the ledger"])
 async def test_it_is_taken_over_though_a_third_is_at_work(
-    db: Database, at_work: Connection, caplog: pytest.LogCaptureFixture
+    db: Database, at_work: Connection, caplog: pytest.LogCaptureFixture, is_open: bool
 ) -> None:
     caplog.set_level("INFO", "orphan_recovery")
     asked = SweepRequest(asked_by="test")
+    if is_open:
+        open_in_the_ledger(db, age=1)
     sweeping = asyncio.ensure_future(run_sweep(asked))
     await waits(caplog)
     other = looked(db, asked)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -18,7 +18,7 @@ from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.sweep import begin
 from orphan_recovery.target import Target
-from support import Database, until
+from support import Database, open_in_the_ledger, until
 
 Connection = psycopg.Connection[dict[str, Any]]
 SOON = 5.0
@@ -44,28 +44,21 @@ async def sweep(*, dry_run: bool = False) -> SweepReport:
     return await run_sweep(SweepRequest(asked_by="test", dry_run=dry_run))
 
 
-def open_in_the_ledger(
-    db: Database, target: str = "default", age: int = 0, detected: int | None = None
-) -> None:
-    """A sweep that has looked, so many seconds ago, found so many orphans, and does not end."""
-    db.do(
-        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
-        " threshold, scope, version, detected, opened_at) VALUES (gen_random_uuid(), %s,"
-        " 'worker_runs', 'test', 'test', '30 min', '{}', '0', %s,"
-        " now() - make_interval(secs => %s))",
-        *(target, detected, age),
-    )
+def questions(
+    monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...] = ("_ask", "_free")
+) -> list[float]:
+    """When each question of those kinds was asked."""
+    asked = list[float]()
 
+    def noted(ask: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def note(*args: Any, **options: Any) -> Any:
+            asked.append(time.monotonic())
+            return await ask(*args, **options)
 
-def questions(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """When each question was asked."""
-    asked, ask = list[float](), turn._ask
+        return note
 
-    async def noted(*args: Any, **options: Any) -> Any:
-        asked.append(time.monotonic())
-        return await ask(*args, **options)
-
-    monkeypatch.setattr(turn, "_ask", noted)
+    for kind in kinds:
+        monkeypatch.setattr(turn, kind, noted(getattr(turn, kind)))
     return asked
 
 
@@ -281,8 +274,64 @@ async def test_nobody_asks_before_the_other_could_be_through(
     other.rollback()
     db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
-    _, first, second, *_ = asked
+    first, second, *_ = asked
     assert second - first >= 1.9
+
+
+@pytest.mark.parametrize(
+    "table", ["worker_runs", "public.worker_runs", '"Of the team"."Worker.runs"']
+)
+async def test_of_one_that_the_ledger_names_mostly_its_lanes_alone_are_asked_about(
+    db: Database, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """Which costs the server, and who is at work on it, much less than the ledger does."""
+    db.do('CREATE SCHEMA "Of the team"')
+    db.do('CREATE TABLE "Of the team"."Worker.runs" (LIKE worker_runs INCLUDING ALL)')
+    target = Target(name="of-the-team", table=table)
+    open_in_the_ledger(db, target.name)
+    of_the_ledger = questions(monkeypatch, ("_ask",))
+    of_the_lanes = questions(monkeypatch, ("_free",))
+    async with transaction(engine) as at_work:
+        for lane in range(2):
+            await enter_lane(at_work, target, lane)
+        sweeping = asyncio.ensure_future(run_sweep(SweepRequest(asked_by="test", target=target)))
+        await asyncio.sleep(2.5)
+        assert len(of_the_ledger) <= 3
+        assert len(of_the_lanes) >= 6
+        db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
+
+
+async def test_what_the_other_has_found_is_learned_soon_after_its_look(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before that the ledger does not name it."""
+    monkeypatch.setattr(turn, "FASTEST", 10)
+    monkeypatch.setattr(turn, "LEDGER_SECONDS", 60.0)
+    asked = questions(monkeypatch)
+    sweeping = asyncio.ensure_future(sweep())
+    await asyncio.sleep(0.5)
+    open_in_the_ledger(db, detected=30)
+    await asyncio.sleep(0.5)
+    so_far = len(asked)
+    await asyncio.sleep(1.5)
+    assert len(asked) == so_far
+    other.rollback()
+    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
+
+
+async def test_that_all_lanes_are_free_is_seen_at_once(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However rarely the ledger is asked."""
+    monkeypatch.setattr(turn, "LEDGER_SECONDS", 60.0)
+    open_in_the_ledger(db)
+    sweeping = asyncio.ensure_future(sweep())
+    await asyncio.sleep(0.5)
+    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    other.rollback()
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
 async def test_however_much_the_other_has_found_it_does_not_wait_for_ever(
