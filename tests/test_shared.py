@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery import request as request_module
 from orphan_recovery import turn
@@ -161,6 +162,27 @@ async def test_who_is_answered_asks_the_ledger_alone(
     assert str(report.seen_by) == other
     assert any("INSERT INTO orphan_recovery.sweeps" in one for one in sent)
     assert not [one for one in sent if "worker_runs" in one or "pg_attribute" in one]
+
+
+async def test_who_is_answered_keeps_nobody_waiting_by_a_lane(
+    db: Database, engine: AsyncEngine, at_work: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others may just be asking whether the lanes are free."""
+    caplog.set_level("INFO", "orphan_recovery")
+    asked = SweepRequest(asked_by="test")
+
+    async def look(_: AsyncConnection, answers: UUID | None) -> tuple[str, int]:
+        locks = db.one(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database ="
+            " (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        return str(answers), locks
+
+    waiting = asyncio.ensure_future(turn.in_turn(engine, asked, look))
+    await waits(caplog)
+    other = looked(db, asked)
+    at_work.rollback()
+    assert await asyncio.wait_for(waiting, SOON) == (other, 0)
 
 
 @pytest.mark.parametrize("is_open", [False, True], ids=["unknown", "open in the ledger"])

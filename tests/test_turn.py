@@ -212,9 +212,10 @@ async def test_it_looks_by_what_is_so_then_and_not_a_moment_before(
 ) -> None:
     """Another that waited, too, may have been quicker."""
 
-    async def over(*_: Any) -> bool:
+    async def over(*given: Any) -> tuple[Any, bool]:
         await asyncio.sleep(0.05)
-        return False
+        *_, seen, _ends = given
+        return seen, False
 
     monkeypatch.setattr(turn, "_wait_for_others", over)
     with db.connect() as other:

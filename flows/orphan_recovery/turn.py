@@ -88,9 +88,10 @@ async def in_turn(
     logger.info("sweep_waits_for_another", extra=fields)
     ends = time.monotonic() + LONGEST_WAIT_SECONDS
     while True:
-        are_dead = await _wait_for_others(engine, about, called, seen, ends)
+        seen, are_dead = await _wait_for_others(engine, about, called, seen, ends)
         async with transaction(engine) as connection:
-            seen = await _ask(connection, about, called, take=True)
+            if not seen.answers:  # else it needs no lane, and would keep others waiting by it
+                seen = await _ask(connection, about, called, take=True)
             is_our_turn = seen.free == LANES and (seen.open_with is None or are_dead)
             if seen.answers or is_our_turn or time.monotonic() >= ends:
                 return await look(connection, seen.answers)
@@ -98,11 +99,11 @@ async def in_turn(
 
 async def _wait_for_others(
     engine: AsyncEngine, about: dict[str, Any], called: float, seen: Row[Any], ends: float
-) -> bool:
+) -> tuple[Row[Any], bool]:
     """Return when no other is at work, or another answers, or it is late.
 
     Returns:
-        Whether those that are open are no longer to be waited for.
+        What was seen last; whether those that are open are no longer to be waited for.
     """
     began = asked = now = time.monotonic()
     free, all_free_since, some_free_since = seen.free, None, None
@@ -113,7 +114,7 @@ async def _wait_for_others(
             all_free_since = (all_free_since or now) if free == LANES else None
             some_free_since = (some_free_since or now) if free else None
             if all_free_since is not None and now - all_free_since >= MOMENT_SECONDS:
-                return True
+                return seen, True
             ends_soon = some_free_since is not None and now - some_free_since < MOMENT_SECONDS
             pause = _pause(seen.connections) * (SHARE_AT_THE_END if ends_soon else 1)
             until_it_could_be_through = began + (seen.open_with or 0) / FASTEST - now
@@ -128,11 +129,11 @@ async def _wait_for_others(
                         seen = await _ask(connection, about, called, take=False)
                         free, asked = seen.free, time.monotonic()
             except TimeoutError:  # somebody has locked the ledger: the look itself tells that
-                return False
+                return seen, False
             if seen.answers or (free == LANES and seen.open_with is None):
-                return False
+                return seen, False
             now = time.monotonic()
-    return False
+    return seen, False
 
 
 def _pause(connections: int) -> float:
