@@ -22,7 +22,7 @@ from orphan_recovery.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database, free_port
 
-pytest_plugins = ["alive_support"]
+pytest_plugins = ["alive_support", "targets_support"]
 _numbers = itertools.count()
 
 

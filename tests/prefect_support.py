@@ -59,6 +59,11 @@ class Api:
         )
         return found
 
+    def within(self, flow_run_id: Any) -> dict[str, dict[str, Any]]:
+        """The flow runs that a flow run started, by name."""
+        mine = {"parent_flow_run_id": {"any_": [str(flow_run_id)]}}
+        return {run["name"]: run for run in self.find("flow_runs", flow_runs=mine)}
+
     def deployment(self, name: str) -> dict[str, Any]:
         flow = ALL_FLOW_NAME if name == "all-targets" else FLOW_NAME
         deployment: dict[str, Any] = self.get(f"/deployments/name/{flow}/{name}")

@@ -258,7 +258,8 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             Level.FAILURE,
             "threshold",
             "the shortest threshold is 30 min, a sweep comes every 5 min, and a beat every 12 min",
-            "set the threshold to at least 42 minutes",
+            "set the threshold to at least 42 minutes (3 beats and one interval between sweeps), or"
+            " let runs beat, or sweep, more often; if workers beat more often than that, say so in",
         ),
         (
             [],

@@ -93,6 +93,17 @@ def plant_hold(db: Database, hold_id: str, *, target: str = "default") -> str:
     return hold_id
 
 
+def plant_sweep(db: Database, *, ended: str) -> None:
+    """A sweep of the target in the ledger, which ended well so long ago."""
+    db.do(
+        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+        " threshold, scope, version, in_flight, opened_at, ended_at, ended_as)"
+        " VALUES (gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 min', '{}',"
+        " '0', 0, now() - %s::interval, now() - %s::interval, 'completed')",
+        *(ended, ended),
+    )
+
+
 # What is held
 
 
@@ -558,6 +569,25 @@ async def test_an_approval_that_expires_in_mid_sweep_ends_it_as_held(db: Databas
     assert len(crashed(db)) == marked
 
 
+async def test_a_hold_tells_of_the_last_sweep_before_the_one_that_looked_twice(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another may have ended while that one waited to look again."""
+    caplog.set_level("INFO", "orphan_recovery")
+    add_workers(db, 12, silent=True, age="5 hours", beat="2 hours")
+    plant_sweep(db, ended="3 hours")
+    sweeping = asyncio.ensure_future(sweep(target=Target(name="default", heartbeat_seconds=1)))
+    await asyncio.to_thread(
+        until, lambda: "sweep_looks_twice" in caplog.messages, "it says that it looks twice"
+    )
+    plant_sweep(db, ended="1 second")
+    report = await sweeping
+    assert (report.is_held, bool(report.looked_twice)) == (True, True)
+    assert db.one(
+        "SELECT now() - (evidence ->> 'last_sweep_at')::timestamptz FROM orphan_recovery.holds"
+    ) > timedelta(hours=2)
+
+
 async def test_a_hold_does_not_end_because_the_fleet_becomes_smaller(db: Database) -> None:
     silent = add_workers(db, 12, silent=True)
     await sweep()
@@ -590,6 +620,18 @@ async def test_a_hold_does_not_end_because_new_workers_come(db: Database) -> Non
     assert (await sweep()).is_held
     assert crashed(db) == set()
     assert [hold["ended_at"] for hold in holds(db)] == [None]
+
+
+async def test_of_several_holds_the_largest_fleet_counts(db: Database) -> None:
+    """What stays silent when it is back is more than the share of a smaller one, held before."""
+    silent = add_workers(db, 12, silent=True)
+    await sweep()
+    silent += add_workers(db, 28, silent=True, first=13)
+    await sweep()
+    assert [hold["evidence"]["workers"] for hold in holds(db)] == [12, 28]
+    beat(db, silent[8:])
+    assert (await sweep()).recovered == 8
+    assert [hold["ended_as"] for hold in holds(db)] == ["recovered"] * 2
 
 
 async def test_a_fleet_that_is_back_closes_the_hold_and_nothing_was_marked(db: Database) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,115 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from prefect.client.schemas.objects import State
 
 from conftest import _database
 from orphan_recovery import ConfigurationError, recover_orphaned_runs, recover_target
 from orphan_recovery.all_targets_flow import recover_all_targets
 from orphan_recovery.database import database_url
-from orphan_recovery.migrate import migrate
-from orphan_recovery.targets import find_target
-from prefect_support import ROOT, Api, client_of, deploy, flow_run_of, marks, process, run, sweep
-from support import Database, free_port, until
+from prefect_support import Api, client_of, flow_run_of, marks, run, sweep
+from support import free_port
+from targets_support import BILLING, FLEET, REPORTS, Jobs
 
-# Three tables that have nothing in common but that workers hold their rows: words, numbers for
-# words, and the project's own under another name.
-BILLING = """
-[targets.billing]
-database_url_env = "BILLING_DATABASE_URL"
-table = "invoice_jobs"
-in_flight = ["working"]
-waiting = ["new"]
-terminal = ["done", "broken", "lost"]
-crashed = "lost"
-threshold_minutes = 20
-heartbeat_seconds = 1
-
-[targets.billing.columns]
-id = "job_no"
-status = "state"
-worker_id = "held_by"
-created_at = "made_at"
-heartbeat_at = "seen_at"
-completed_at = "ended_at"
-error = "trouble"
-"""
-REPORTS = """
-[targets.reports]
-database_url_env = "REPORTS_DATABASE_URL"
-table = "report_jobs"
-in_flight = [1]
-terminal = [2, 3, 4]
-crashed = 4
-threshold_minutes = 60
-
-[targets.reports.columns]
-created_at = "begun"
-"""
-FLEET = """
-[targets.fleet]
-database_url_env = "FLEET_DATABASE_URL"
-"""
 MISFIT = BILLING.replace("billing", "misfit").replace('"seen_at"', '"last_beat"')
-
-
-class Jobs(Database):
-    """A database that has all three tables; a target looks at one of them."""
-
-    def add_invoice(
-        self, number: int, *, state: str = "working", made: str = "2 hours", seen: str | None = None
-    ) -> int:
-        """An invoice's job, made so long ago, whose worker was last seen so long ago, if ever."""
-        self.do(
-            "INSERT INTO invoice_jobs (job_no, state, held_by, made_at, seen_at)"
-            " VALUES (%s, %s, 'press-1', now() - %s::interval, now() - %s::interval)",
-            *(number, state, made, seen),
-        )
-        return number
-
-    def add_report(self, number: int, *, begun: str = "2 hours") -> int:
-        self.do(
-            "INSERT INTO report_jobs (id, status, begun) VALUES (%s, 1, now() - %s::interval)",
-            *(number, begun),
-        )
-        return number
-
-    def invoices(self) -> dict[int, str]:
-        return {r["job_no"]: r["state"] for r in self.do("SELECT job_no, state FROM invoice_jobs")}
-
-    def reports(self) -> dict[int, int]:
-        return {r["id"]: r["status"] for r in self.do("SELECT id, status FROM report_jobs")}
-
-    def verdicts_of(self, target: str) -> dict[str, str]:
-        """The outcomes that the ledger has for a target, by run; none twice."""
-        told = [v for v in self.verdicts() if v["target"] == target]
-        outcomes = {v["run_id"]: v["outcome"] for v in told}
-        assert len(outcomes) == len(told), told
-        return outcomes
-
-
-@pytest.fixture(scope="module")
-def jobs(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The name of a database with the tables and the ledger, from which others are copied."""
-    file = tmp_path_factory.mktemp("jobs") / "targets.toml"
-    file.write_text(BILLING + REPORTS)
-    with _database(server, template) as url:
-        with Database(url) as database:
-            database.do(
-                "CREATE TABLE invoice_jobs (job_no bigint PRIMARY KEY, state text NOT NULL,"
-                " held_by text, made_at timestamptz NOT NULL, seen_at timestamptz,"
-                " ended_at timestamptz, trouble varchar(200))"
-            )
-            database.do(
-                "CREATE TABLE report_jobs (id integer PRIMARY KEY, status smallint NOT NULL,"
-                " begun timestamp NOT NULL)"
-            )
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("ORPHAN_RECOVERY_CONFIG", str(file))
-            for name in ("billing", "reports"):
-                migrate(find_target(name), database_url(url))
-        yield database_url(url).database or ""
 
 
 @pytest.fixture
@@ -179,12 +80,6 @@ async def sweep_all(api: Api, **parameters: Any) -> State[Any]:
     async with api.used():
         state: State[Any] = await recover_all_targets(**parameters, return_state=True)
     return state
-
-
-def within(api: Api, flow_run_id: Any) -> dict[str, dict[str, Any]]:
-    """The flow runs that a flow run started, by name."""
-    mine = {"parent_flow_run_id": {"any_": [str(flow_run_id)]}}
-    return {run["name"]: run for run in api.find("flow_runs", flow_runs=mine)}
 
 
 def nowhere() -> str:
@@ -363,7 +258,7 @@ def test_a_broken_target_fails_its_own_flow_run_and_no_other(broken: Broken) -> 
     assert parent["state_type"] == "FAILED"
     message = parent["state"]["message"]
     assert message.startswith("3 of 4 targets FAILED (reports, fleet, misfit). ")
-    sweeps = within(api, parent["id"])
+    sweeps = api.within(parent["id"])
     assert {name: run["state_type"] for name, run in sweeps.items()} == {
         "sweep-reports": "FAILED",
         "sweep-fleet": "FAILED",
@@ -415,7 +310,7 @@ async def test_two_targets_in_one_database_share_its_ledger_and_nothing_else(
         "minutes, 2 in flight); reports: 2 orphaned runs detected: 2 marked crashed (threshold "
         "60 minutes, 2 in flight)"
     )
-    sweeps = within(api, flow_run_of(state))
+    sweeps = api.within(flow_run_of(state))
     assert set(sweeps) == {"sweep-billing", "sweep-reports"}
     assert set(marks(api.task_runs(sweeps["sweep-billing"]["id"]))) == {"7"}
     assert set(marks(api.task_runs(sweeps["sweep-reports"]["id"]))) == {"7", "8"}
@@ -662,167 +557,3 @@ def test_a_target_that_is_not_there_is_refused_when_the_package_is_imported(
         "there is no target 'biling', which ORPHAN_RECOVERY_TARGET names; there is 'billing', "
         "'reports'"
     )
-
-
-# Deployments
-
-
-def test_the_example_in_prefect_yaml_deploys_once_it_is_uncommented(
-    prefect_api: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "prefect.yaml"
-    file.write_text(uncommented((ROOT / "prefect.yaml").read_text()))
-    client = client_of(prefect_api, tmp_path / "client")
-    api = Api(prefect_api)
-    api.forget_deployments()
-    try:
-        deploy(client)  # as it stands
-        before = {d["name"]: d["id"] for d in api.find("deployments")}
-        assert set(before) == {"scheduled", "on-demand", "all-targets"}
-        command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file))
-        done = run(*command, **client)
-        assert done.returncode == 0, done.stdout + done.stderr
-        after = {d["name"]: d["id"] for d in api.find("deployments")}
-        scheduled, billing = api.deployment("scheduled"), api.deployment("scheduled-billing")
-        assert after == {**before, "scheduled-billing": billing["id"]}
-    finally:
-        api.forget_deployments()
-    assert billing["parameters"] == {"target": "billing"}
-    assert scheduled["parameters"] == {}
-    [schedule] = billing["schedules"]
-    assert (schedule["active"], schedule["slug"]) == (True, "every-five-minutes")
-    assert schedule["schedule"] == scheduled["schedules"][0]["schedule"]
-    assert schedule["schedule"]["interval"] == timedelta(minutes=5).total_seconds()
-    for one in (scheduled, billing):  # each a limit of its own: they never cancel one another
-        assert one["global_concurrency_limit"]["limit"] == 1
-        assert one["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
-    limits = {one["global_concurrency_limit"]["id"] for one in (scheduled, billing)}
-    assert len(limits) == 2
-    for same in ("entrypoint", "tags", "work_pool_name", "pull_steps"):
-        assert billing[same] == scheduled[same]
-
-
-def uncommented(text: str) -> str:
-    """prefect.yaml, with its example of a further target in force."""
-    example = re.compile(r"^  # (- name: scheduled-\w+\n(?:  #   .*\n)+)", re.M)
-    [commented] = [match.group() for match in example.finditer(text)]
-    whole = text.replace(commented, commented.replace("  # ", "  "))
-    names = [d["name"] for d in yaml.safe_load(whole)["deployments"]]
-    assert names == ["scheduled", "scheduled-billing", "on-demand", "all-targets"]
-    return whole
-
-
-@pytest.fixture(scope="module")
-def served(server: str, jobs: str) -> Iterator[dict[str, Jobs]]:
-    """The databases of the targets that are served."""
-    with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(Jobs(stack.enter_context(_database(server, jobs))))
-            for name in ("default", "billing")
-        }
-
-
-@pytest.fixture(scope="module")
-def client(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return client_of(prefect_api, tmp_path_factory.mktemp("client"))
-
-
-@pytest.fixture(scope="module")
-def serving(
-    prefect_api: str,
-    client: dict[str, str],
-    served: dict[str, Jobs],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Api]:
-    """One process that serves two targets. The clients that trigger know nothing of them."""
-    folder = tmp_path_factory.mktemp("serving")
-    file = folder / "targets.toml"
-    file.write_text(BILLING + FLEET.replace("fleet", "default"))
-    api = Api(prefect_api)
-    api.forget_deployments()
-    environment = {
-        **client,
-        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-        "ORPHAN_RECOVERY_CONFIG": str(file),
-        "FLEET_DATABASE_URL": served["default"].url,
-        "BILLING_DATABASE_URL": served["billing"].url,
-    }
-    with process("orphan-recovery", "serve", log=folder / "serve.log", **environment):
-        until(lambda: len(api.find("deployments")) == 4, "all deployments")
-        yield api
-    api.forget_deployments()
-
-
-@pytest.fixture
-def quiet(serving: Api) -> Api:
-    """The same, while no schedule comes due: a sweep of its own would judge what a test adds."""
-    serving.pause_schedules()
-    return serving
-
-
-def flow_run_in(output: str) -> str:
-    """The id in the address that was printed."""
-    found = re.search(r"^flow run \S+: http://\S+/runs/flow-run/([0-9a-f-]{36})$", output, re.M)
-    assert found, output
-    return found[1]
-
-
-def test_serve_offers_a_schedule_for_each_target(serving: Api) -> None:
-    """That of the target which is meant by default keeps the name it has where there is one."""
-    names = {d["name"] for d in serving.find("deployments")}
-    assert names == {"scheduled", "scheduled-billing", "on-demand", "all-targets"}
-    for name, parameters in (("scheduled", {}), ("scheduled-billing", {"target": "billing"})):
-        deployment = serving.deployment(name)
-        assert deployment["parameters"] == parameters
-        [schedule] = deployment["schedules"]
-        assert (schedule["active"], schedule["schedule"]["interval"]) == (True, 300)
-        assert deployment["global_concurrency_limit"]["limit"] == 1
-        assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
-    for name in ("on-demand", "all-targets"):
-        assert serving.deployment(name)["schedules"] == []
-        assert serving.deployment(name)["parameters"] == {}
-
-
-def test_a_pipeline_triggers_one_target(
-    quiet: Api, client: dict[str, str], served: dict[str, Jobs]
-) -> None:
-    served["billing"].add_invoice(1)
-    served["default"].add_run("of the other", age="10 minutes")
-    done = run("orphan-recovery", "trigger", "--target", "billing", "--wait", **client)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Completed: billing: 1 orphaned run detected: 1 marked crashed" in done.stdout
-    assert served["billing"].invoices()[1] == "lost"
-    flow_run = quiet.flow_run(flow_run_in(done.stdout))
-    assert flow_run["parameters"] == {"target": "billing"}
-    assert flow_run["deployment_id"] == quiet.deployment("on-demand")["id"]
-
-
-def test_a_pipeline_triggers_all_targets(
-    quiet: Api, client: dict[str, str], served: dict[str, Jobs]
-) -> None:
-    served["billing"].add_invoice(2)
-    served["default"].add_run("orphan")
-    command = ("orphan-recovery", "trigger", "--all-targets", "--wait", "--reason", "node lost")
-    done = run(*command, **client)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Completed: 2 targets swept. " in done.stdout
-    assert served["billing"].invoices()[2] == "lost"
-    assert served["default"].status("orphan") == "crashed"
-    assert {db.sweeps()[-1]["reason"] for db in served.values()} == {"node lost"}
-    parent = quiet.flow_run(flow_run_in(done.stdout))
-    assert parent["deployment_id"] == quiet.deployment("all-targets")["id"]
-    assert set(within(quiet, parent["id"])) == {"sweep-billing", "sweep-default"}
-
-
-def test_a_pipeline_that_names_no_target_of_the_file_stops(
-    quiet: Api, client: dict[str, str], served: dict[str, Jobs]
-) -> None:
-    served["billing"].add_invoice(3)
-    done = run("orphan-recovery", "trigger", "--target", "biling", "--wait", **client)
-    assert done.returncode == 1
-    assert "there is no target 'biling'" in done.stdout
-    assert "there is 'billing', 'default'" in done.stdout
-    assert "the sweep ended Failed" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert served["billing"].invoices()[3] == "working"
-    assert quiet.flow_run(flow_run_in(done.stdout))["state_type"] == "FAILED"

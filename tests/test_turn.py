@@ -9,8 +9,9 @@ import psycopg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from conftest import _database
 from orphan_recovery import database, turn
-from orphan_recovery.database import transaction
+from orphan_recovery.database import database_url, transaction
 from orphan_recovery.lane import enter as enter_lane
 from orphan_recovery.policy import RetryPlan
 from orphan_recovery.recover import run_sweep
@@ -261,6 +262,21 @@ async def test_however_many_connections_there_are_it_goes_on_soon(
     await asyncio.sleep(0.5)
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
+
+
+async def test_connections_to_other_databases_do_not_count(
+    db: Database, engine: AsyncEngine, server: str
+) -> None:
+    """Those of this one do, whatever they are for."""
+    about = turn._about(SweepRequest(asked_by="test"))
+    with _database(server) as elsewhere:
+        for url, counted in ((elsewhere, 1), (db.url, 2)):
+            address = database_url(url).set(drivername="postgresql")
+            given = address.render_as_string(hide_password=False)
+            with psycopg.connect(given, application_name="orphan-recovery"):
+                async with transaction(engine) as connection:
+                    seen = await turn._ask(connection, about, time.monotonic(), take=False)
+            assert seen.connections == counted
 
 
 async def test_nobody_asks_before_the_other_could_be_through(
