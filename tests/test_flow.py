@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
+from orphan_recovery import flow
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
 from orphan_recovery.policy import RetryPlan
 from prefect_support import Api, flow_run_of, marks, sweep
@@ -152,6 +153,18 @@ async def test_many_that_cannot_be_taken_in_slices_are_marked_by_one_task_run(
         "summarise",
     }
     assert db.outcomes() == dict.fromkeys(orphans[:20], "marked")
+
+
+async def test_while_it_marks_page_by_page_it_tells_how_far_it_is(
+    db: Database, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORPHAN_RECOVERY_TARGETS__DEFAULT__ORPHANS_PER_SECOND", "10")
+    monkeypatch.setattr(flow, "STRETCH_SECONDS", 0.2)
+    db.add_orphans(30)
+    state = await sweep(api, limit=20, task_each_up_to=5)  # in pages of ten, a second apart
+    assert state.is_completed(), state.message
+    flow_run = flow_run_of(state)
+    until(lambda: "10 orphans judged" in api.logs(flow_run), "it says how far it is")
 
 
 async def test_a_dry_run_of_many_lists_them_by_one_task_run(db: Database, api: Api) -> None:

@@ -334,6 +334,20 @@ def test_a_columns_name_may_come_from_the_environment(
     assert columns.created_at == "inserted_at", "the others are as the file has them"
 
 
+def test_where_no_file_is_found_the_error_says_in_which_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Prefect worker runs a flow in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ORPHAN_RECOVERY_CONFIG", raising=False)
+    with pytest.raises(ConfigurationError) as refused:
+        find_target("billing")
+    assert str(refused.value) == (
+        "there is no target 'billing'; there is 'default', and no file orphan-recovery.toml in "
+        f"{tmp_path}: name it by ORPHAN_RECOVERY_CONFIG, with its whole path"
+    )
+
+
 def test_a_target_may_be_described_by_the_environment_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
