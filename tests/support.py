@@ -141,3 +141,14 @@ def open_in_the_ledger(
         " now() - make_interval(secs => %s))",
         *(target, detected, age),
     )
+
+
+def ended_in_the_ledger(db: Database, *, ago: str) -> None:
+    """A sweep that found nothing, and ended well so long ago."""
+    db.do(
+        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+        " threshold, scope, version, in_flight, opened_at, ended_at, ended_as)"
+        " VALUES (gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 min', '{}',"
+        " '0', 0, now() - %s::interval, now() - %s::interval, 'completed')",
+        *(ago, ago),
+    )

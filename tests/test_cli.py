@@ -105,10 +105,14 @@ def test_a_role_without_rights_is_told_where_to_find_them(db: Database) -> None:
     try:
         swept = run("sweep", ORPHAN_RECOVERY_DATABASE_URL=url)
         assert "SQLSTATE 42501" in swept.stdout
-        assert "next: This database role lacks a right: `orphan-recovery sql" in swept.stderr
+        assert "lacks a right: `orphan-recovery sql --target default`, run as" in swept.stderr
         asked = run("approve", "aaaa", ORPHAN_RECOVERY_DATABASE_URL=url)
         assert (asked.returncode, asked.stdout) == (1, "")
         assert "This database role lacks a right: `orphan-recovery sql`" in asked.stderr
+        db.do("CREATE SCHEMA locked CREATE TABLE runs (id int PRIMARY KEY)")
+        table = {"ORPHAN_RECOVERY_TARGETS__DEFAULT__TABLE": "locked.runs"}
+        examined = run("doctor", ORPHAN_RECOVERY_DATABASE_URL=url, **table)
+        assert "lacks a right: `orphan-recovery sql --target default`" in examined.stdout
     finally:
         db.do("DROP OWNED BY reader")
         db.do("DROP ROLE reader")

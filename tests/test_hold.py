@@ -23,7 +23,7 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Columns, Rule, Target
 from orphan_recovery.targets import find_target
 from prefect_support import run
-from support import Database, until
+from support import Database, ended_in_the_ledger, until
 from test_sql import a_role, printed, psql, seen_by
 
 
@@ -91,17 +91,6 @@ def plant_hold(db: Database, hold_id: str, *, target: str = "default") -> str:
         *(hold_id, target, hold_id),
     )
     return hold_id
-
-
-def plant_sweep(db: Database, *, ended: str) -> None:
-    """A sweep of the target in the ledger, which ended well so long ago."""
-    db.do(
-        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
-        " threshold, scope, version, in_flight, opened_at, ended_at, ended_as)"
-        " VALUES (gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 min', '{}',"
-        " '0', 0, now() - %s::interval, now() - %s::interval, 'completed')",
-        *(ended, ended),
-    )
 
 
 # What is held
@@ -575,12 +564,12 @@ async def test_a_hold_tells_of_the_last_sweep_before_the_one_that_looked_twice(
     """Another may have ended while that one waited to look again."""
     caplog.set_level("INFO", "orphan_recovery")
     add_workers(db, 12, silent=True, age="5 hours", beat="2 hours")
-    plant_sweep(db, ended="3 hours")
+    ended_in_the_ledger(db, ago="3 hours")
     sweeping = asyncio.ensure_future(sweep(target=Target(name="default", heartbeat_seconds=1)))
     await asyncio.to_thread(
         until, lambda: "sweep_looks_twice" in caplog.messages, "it says that it looks twice"
     )
-    plant_sweep(db, ended="1 second")
+    ended_in_the_ledger(db, ago="1 second")
     report = await sweeping
     assert (report.is_held, bool(report.looked_twice)) == (True, True)
     assert db.one(

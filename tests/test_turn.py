@@ -19,7 +19,7 @@ from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.sweep import begin
 from orphan_recovery.target import Target
-from support import Database, open_in_the_ledger, until
+from support import Database, ended_in_the_ledger, open_in_the_ledger, until
 
 Connection = psycopg.Connection[dict[str, Any]]
 SOON = 5.0
@@ -61,6 +61,11 @@ def questions(
     for kind in kinds:
         monkeypatch.setattr(turn, kind, noted(getattr(turn, kind)))
     return asked
+
+
+def close_in_the_ledger(db: Database) -> None:
+    """Every sweep that is open there ends."""
+    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
 
 
 def number_of_sweeps(db: Database) -> int:
@@ -132,7 +137,7 @@ async def test_it_goes_on_as_soon_as_the_other_is_closed(
     sweeping = asyncio.ensure_future(sweep())
     await asyncio.sleep(0.5)
     assert number_of_sweeps(db) == 1
-    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    close_in_the_ledger(db)
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
@@ -173,12 +178,7 @@ async def test_a_second_look_waits_for_its_turn_too(
     """Another may have begun while it waited for whoever lives to beat."""
     caplog.set_level("INFO", "orphan_recovery")
     dead = db.add_run("dead", beat="2 hours")
-    db.do(  # no sweep has looked since, so it looks twice
-        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
-        " threshold, scope, version, in_flight, opened_at, ended_at, ended_as)"
-        " VALUES (gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 min', '{}', '0',"
-        " 0, now() - interval '3 hours', now() - interval '3 hours', 'completed')"
-    )
+    ended_in_the_ledger(db, ago="3 hours")  # none has looked since, so it looks twice
     request = SweepRequest(asked_by="test", target=Target(name="default", heartbeat_seconds=2))
     sweeping = asyncio.ensure_future(run_sweep(request))
 
@@ -229,7 +229,7 @@ async def test_it_looks_by_what_is_so_then_and_not_a_moment_before(
         await asyncio.sleep(0.5)
         assert number_of_sweeps(db) == before
         other.rollback()
-        db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+        close_in_the_ledger(db)
         assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
@@ -289,7 +289,7 @@ async def test_nobody_asks_before_the_other_could_be_through(
     sweeping = asyncio.ensure_future(sweep())
     await asyncio.sleep(1.0)
     other.rollback()
-    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    close_in_the_ledger(db)
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
     first, second, *_ = asked
     assert second - first >= 1.9
@@ -315,7 +315,7 @@ async def test_of_one_that_the_ledger_names_mostly_its_lanes_alone_are_asked_abo
         await asyncio.sleep(2.5)
         assert len(of_the_ledger) <= 3
         assert len(of_the_lanes) >= 6
-        db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+        close_in_the_ledger(db)
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
@@ -334,7 +334,7 @@ async def test_what_the_other_has_found_is_learned_soon_after_its_look(
     await asyncio.sleep(1.5)
     assert len(asked) == so_far
     other.rollback()
-    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    close_in_the_ledger(db)
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
@@ -346,7 +346,7 @@ async def test_that_all_lanes_are_free_is_seen_at_once(
     open_in_the_ledger(db)
     sweeping = asyncio.ensure_future(sweep())
     await asyncio.sleep(0.5)
-    db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
+    close_in_the_ledger(db)
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 

@@ -301,12 +301,13 @@ def main() -> None:
         from psycopg import Error
         from sqlalchemy.exc import DBAPIError
 
-        from orphan_recovery.database import MISSING_RIGHT, describe, lacks_a_right
+        from orphan_recovery.database import describe, missing_right
 
         if not isinstance(error, DBAPIError | Error | OSError):
             raise
         told = describe(error)
-        _fail(f"{told}. {MISSING_RIGHT}" if lacks_a_right(told) else told, code=1)
+        hint = missing_right(told)
+        _fail(f"{told}. {hint}" if hint else told, code=1)
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

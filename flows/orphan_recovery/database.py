@@ -250,12 +250,20 @@ def describe(error: BaseException) -> str:
     return redact(f"{type(cause).__name__}: {message[:600]}{suffix}")
 
 
-def lacks_a_right(told: str) -> bool:
-    """Whether that is why it went wrong, by what :func:`describe` told."""
-    return "(SQLSTATE 42501)" in told
+def missing_right(told: str, target: str | None = None) -> str | None:
+    """What to do about a right that the database role lacks.
 
+    Args:
+        told: what went wrong, by :func:`describe`.
+        target: the target's name, where one is known.
 
-MISSING_RIGHT: Final = (
-    "This database role lacks a right: `orphan-recovery sql`, run as one that has it, prints a "
-    "role with all that a sweep needs."
-)
+    Returns:
+        None if it went wrong for another reason.
+    """
+    if "(SQLSTATE 42501)" not in told:
+        return None
+    command = "orphan-recovery sql" + (f" --target {target}" if target else "")
+    return (
+        f"This database role lacks a right: `{command}`, run as one that has it, prints a role "
+        "with all that a sweep needs."
+    )

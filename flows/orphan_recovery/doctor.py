@@ -16,13 +16,7 @@ from sqlalchemy import Select, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from orphan_recovery.database import (
-    MISSING_RIGHT,
-    address,
-    describe,
-    lacks_a_right,
-    make_engine,
-)
+from orphan_recovery.database import address, describe, make_engine, missing_right
 from orphan_recovery.ddl import create_index, truth_trigger_is_there, written_columns
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import look_at_fleet, orphans
@@ -100,10 +94,11 @@ async def _database(engine: AsyncEngine, target: Target, schedule: Schedule) -> 
     except ConfigurationError as error:
         return [*findings, Finding(Level.FAILURE, "table", str(error))]
     except (DBAPIError, OSError) as error:
-        way_out = "see whether the address, the password and the network are right"
-        if lacks_a_right(describe(error)):
-            way_out = MISSING_RIGHT
-        return [Finding(Level.FAILURE, "database", describe(error), way_out)]
+        told = describe(error)
+        way_out = missing_right(told, target.name) or (
+            "see whether the address, the password and the network are right"
+        )
+        return [Finding(Level.FAILURE, "database", told, way_out)]
     for about, ask in _QUESTIONS.items():
         try:
             async with _look(engine) as db:

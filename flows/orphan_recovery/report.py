@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from orphan_recovery.database import MISSING_RIGHT, lacks_a_right
+from orphan_recovery.database import missing_right
 from orphan_recovery.detect import Fleet
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
@@ -225,8 +225,8 @@ class SweepReport:
                 "The sweep did not come to its end. What it marked stands; what it left is "
                 "detected again by the next one. See to the cause named above, then run it again."
             )
-        if lacks_a_right(self.error or ""):
-            steps.append(MISSING_RIGHT)
+        if hint := missing_right(self.error or "", self.request.target.name):
+            steps.append(hint)
         if self.held:
             target = self.request.target.name
             steps.append(

@@ -41,8 +41,8 @@ SHARE_AT_THE_END: Final = 0.2
 """Of a pause, for a moment from when a lane is seen free: mostly the other will be through soon.
 Where it is not, it keeps to one lane, since it gives way."""
 LEDGER_SECONDS: Final = 1.0
-"""Of the ledger, while one that it names has a lane: a question about the lanes alone costs less
-than half as much, to both sides."""
+"""Between two questions about the ledger, while one that it names has a lane: one about the lanes
+alone costs less than half as much."""
 LONGEST_PAUSE_SECONDS: Final = 0.5
 """However many connections there are: workers that beat have them too."""
 MOMENT_SECONDS: Final = 0.5
