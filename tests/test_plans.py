@@ -154,6 +154,21 @@ async def test_slices_go_along_the_index_from_both_ends(
     assert not [n for found in slices_of(plans) for n in nodes(found) if "Increm" in n["Node Type"]]
 
 
+async def test_slices_find_what_they_have_locked_by_its_place_and_not_by_its_key(
+    large: Database, plans: dict[str, list[Plan]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "Progress", partial(judge.Progress, show=ORPHANS // 2))
+    assert (await run_sweep(SweepRequest(asked_by="test"))).recovered == ORPHANS
+    scans = [
+        {node["Node Type"] for node in nodes(found) if "Relation Name" in node}
+        for found in slices_of(plans)
+    ]
+    assert len(scans) >= 2
+    assert all(kinds >= {"Index Scan", "Tid Scan"} for kinds in scans)
+    every = [node for found in slices_of(plans) for node in nodes(found)]
+    assert "worker_runs_pkey" not in {node.get("Index Name") for node in every}
+
+
 async def test_slices_that_are_shown_compare_no_run_with_each(
     large: Database, plans: dict[str, list[Plan]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

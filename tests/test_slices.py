@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import ColumnElement, Text, case, cast, func, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -23,6 +23,7 @@ from orphan_recovery.policy import RetryPlan, is_transient, retrying
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.slices import Position, Stretch, take_slice
 from orphan_recovery.sweep import begin, tell_of
 from orphan_recovery.targets import find_target
@@ -448,6 +449,37 @@ async def test_what_slices_pass_over_is_waited_for_however_many_they_marked(
     await judging
     assert db.outcomes() == dict.fromkeys([*more, "held"], "marked")
     assert (failed, report.detected, report.recovered) == ([], 4, 4)
+
+
+async def test_a_row_that_somebody_writes_to_while_a_slice_comes_to_it_is_judged_as_it_is_then(
+    db: Database, engine: AsyncEngine
+) -> None:
+    """What is no sign of life makes it another version of the row, at another place."""
+    first, *others = db.add_orphans(5)
+    report = SweepReport(SweepRequest(asked_by="test"))
+    async with transaction(engine) as connection:
+        tell_of(await begin(connection, report.request), report)
+
+    def slowly(table: RunsTable) -> ColumnElement[bool]:
+        lasts = case((table.run_id == first, 1.0), else_=0.0)
+        return cast(func.pg_sleep(lasts), Text).is_not(None)
+
+    judging = asyncio.ensure_future(
+        judge.judge_all(engine, report, Decision(None, slowly), list[Verdict]())
+    )
+    sleeps = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    await asyncio.to_thread(until, lambda: bool(db.one(sleeps)), "the slice to come to the first")
+    db.do("UPDATE worker_runs SET task = 'other' WHERE id = ANY (%s)", others[:2])
+    db.do("UPDATE worker_runs SET heartbeat_at = now() WHERE id = %s", others[2])
+    db.do("UPDATE worker_runs SET status = 'completed' WHERE id = %s", others[3])
+    await judging
+    assert db.outcomes() == dict.fromkeys([first, *others[:2]], "marked")
+    assert {v["run_id"]: v["task"] for v in db.verdicts()} == {
+        first: None,
+        **dict.fromkeys(others[:2], "other"),
+    }
+    assert (db.status(others[2]), db.status(others[3])) == ("running", "completed")
+    assert (report.detected, report.recovered) == (3, 3)
 
 
 @pytest.mark.parametrize("first", ["nothing", "orphans"])

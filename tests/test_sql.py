@@ -18,6 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from conftest import _database
 from orphan_recovery import get_crash_recovery_summary, recover_orphaned_runs
+from orphan_recovery.catalog import look_up
 from orphan_recovery.database import database_url
 from orphan_recovery.doctor import Level, examine
 from orphan_recovery.migrate import migrate
@@ -212,10 +213,19 @@ def test_the_script_comes_to_the_same_as_migrate(
         # Printed again only the role is left, which may be run again and again.
         rest = printed(blank, target, role)
         assert set(statements(rest)) == {"BEGIN", "COMMIT", "DO", "REVOKE", "GRANT"}
-        after = shape(blank)
+        after, granted = shape(blank), columns_with_rights(blank)
         psql(blank, rest)
         psql(blank, rest)
         assert shape(blank) == after
+        assert columns_with_rights(blank) == granted
+
+
+def columns_with_rights(db: Database) -> list[dict[str, Any]]:
+    """Where rights to single columns were given, and which."""
+    return db.do(
+        "SELECT attrelid::regclass::text AS of, attname, attacl::text FROM pg_attribute"
+        " WHERE attacl IS NOT NULL AND attrelid >= 16384 ORDER BY 1, 2"
+    )
 
 
 def statements(script: str) -> list[str]:
@@ -288,9 +298,23 @@ def role(db: Database) -> Iterator[Database]:
             yield seen
 
 
+@pytest.mark.parametrize("place", [True, False], ids=["by place", "by key"])
 async def test_the_role_can_do_all_that_a_sweep_does(
-    db: Database, role: Database, monkeypatch: pytest.MonkeyPatch
+    db: Database, role: Database, monkeypatch: pytest.MonkeyPatch, place: bool
 ) -> None:
+    """A role of before, which may not see where a row lies, as well."""
+    sees_places = "SELECT has_column_privilege('worker_runs', 'ctid', 'SELECT')"
+    assert role.one(sees_places)
+    if not place:
+        name = psycopg.sql.Identifier(role.one("SELECT current_user"))
+        revoke = psycopg.sql.SQL("REVOKE SELECT (ctid) ON worker_runs FROM {}").format(name)
+        db.do(revoke)  # type: ignore[arg-type]
+    assert role.one(sees_places) is place
+    engine = create_engine(database_url(role.url), poolclass=NullPool)
+    with engine.connect() as connection:
+        table = look_up(connection, None, "worker_runs")
+    assert table is not None
+    assert table.shows_places is place
     *orphans, poisoned = db.add_orphans(4)
     db.poison(poisoned)
     db.do(  # a sweep that was killed, for this one to close

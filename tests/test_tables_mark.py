@@ -1,14 +1,20 @@
 """Any runs table: what the mark writes, and what a run did meanwhile, in the table's own words."""
 
+import asyncio
 import dataclasses
 from pathlib import Path
 from typing import LiteralString
 
 import pytest
+from psycopg import sql
+from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.pool import NullPool
 
 from orphan_recovery import ConfigurationError, mark_run_as_crashed
 from orphan_recovery.alive.beat import beat
+from orphan_recovery.catalog import look_up
+from orphan_recovery.database import database_url
 from orphan_recovery.describe import runs_table
 from orphan_recovery.mark import mark
 from orphan_recovery.migrate import migrate
@@ -18,7 +24,7 @@ from orphan_recovery.summarize import summarize_target
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from support import Database
-from tables_support import add, configure, look, outcome_of, request, simple, statuses, sweep
+from tables_support import add, configure, do, look, outcome_of, request, simple, statuses, sweep
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,84 @@ async def test_where_a_crash_is_one_failure_of_many_only_marked_runs_are_summed_
     assert {run["run_id"] for run in newest[1:]} < {f"orphan {n:02}" for n in range(12)}
     assert newest[0]["worker_id"] == "worker-1"
     assert newest[0]["error"].startswith(DEFAULT_REASON)
+
+
+async def test_the_newest_of_a_ledger_are_told_however_old_they_are(blank: Database) -> None:
+    target = simple(blank, crashed="failed", in_flight=("running",))
+    assert (await sweep(target)).recovered == 1
+    blank.do(
+        "INSERT INTO orphan_recovery.verdicts (sweep_id, run_id, target, outcome, status_seen,"
+        " sign_of_life, evidence, silence, threshold, rule, reason, judged_at) SELECT sweep_id,"
+        " 'old ' || lpad(n::text, 2, '0'), 'simple', 'marked', 'running', now(), 'age', '1 h',"
+        " '1 h', 'r', 'r', now() - interval '40 days' - n * interval '1 day'"
+        " FROM orphan_recovery.sweeps, generate_series(1, 12) AS n"
+    )
+    summary = await summarize_target(target)
+    assert summary["total_crashed"] == 13
+    told = [run["run_id"] for run in summary["recent_crashes"]]
+    assert told == ["run", *(f"old {n:02}" for n in range(1, 10))]
+
+
+@pytest.mark.parametrize("limit", [None, 10], ids=["slices", "page by page"])
+async def test_a_key_may_have_rules_of_its_own_for_comparing(
+    blank: Database, limit: int | None
+) -> None:
+    """The ledger compares its run ids by those of the database."""
+    target = simple(blank)
+    blank.do('ALTER TABLE jobs ALTER id TYPE text COLLATE "POSIX"')
+    add(blank, "second", age="3 hours")
+    with blank.connect() as other:  # so that it is passed over first, and then waited for
+        other.execute("SELECT FROM jobs WHERE id = 'run' FOR UPDATE")
+        sweeping = asyncio.ensure_future(sweep(target, limit=limit))
+        await asyncio.to_thread(blank.await_lock_wait)
+        other.rollback()
+    report = await sweeping
+    assert (report.error, report.recovered) == (None, 2)
+    assert blank.outcomes() == {"run": "marked", "second": "marked"}
+    assert (await summarize_target(target))["total_crashed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("made", "shows_places"),
+    [
+        ("CREATE TABLE {} (id int)", True),
+        ("CREATE TABLE {} (id int) PARTITION BY HASH (id)", False),
+        ("CREATE TABLE {} (id int); CREATE TABLE child () INHERITS (runs)", False),
+        (
+            "CREATE ACCESS METHOD other TYPE TABLE HANDLER heap_tableam_handler;"
+            " CREATE TABLE {} (id int) USING other",
+            False,
+        ),
+        ("CREATE VIEW {} AS SELECT 1 AS id", False),
+    ],
+    ids=["heap", "parts", "children", "another access method", "view"],
+)
+def test_a_row_has_one_place_in_a_single_heap_only(
+    blank: Database, made: LiteralString, shows_places: bool
+) -> None:
+    do(blank, sql.SQL(made).format(sql.Identifier("runs")))
+    engine = create_engine(database_url(blank.url), poolclass=NullPool)
+    with engine.connect() as connection:
+        found = look_up(connection, None, "runs")
+    assert found is not None
+    assert found.shows_places is shows_places
+
+
+async def test_a_table_with_children_is_swept_by_keys_for_a_place_is_none_of_its_own(
+    blank: Database,
+) -> None:
+    """The orphan and a run that lives lie at the same place, each in its own table."""
+    target = simple(blank)
+    blank.do("CREATE TABLE more () INHERITS (jobs)")
+    blank.do(
+        "INSERT INTO more (id, status, worker_id, created_at)"
+        " VALUES ('lives', 'running', 'worker-2', now()), ('silent', 'running', 'worker-3',"
+        " now() - interval '2 hours')"
+    )
+    places = blank.do("SELECT ctid::text FROM jobs WHERE id IN ('run', 'lives')")
+    assert len({place["ctid"] for place in places}) == 1
+    assert (await sweep(target)).recovered == 2
+    assert statuses(blank) == {"run": "crashed", "lives": "running", "silent": "crashed"}
 
 
 async def test_another_target_of_the_same_table_has_a_summary_of_its_own(blank: Database) -> None:

@@ -1,6 +1,7 @@
 """The truth trigger and the ledger's: what is terminal, or written down, never changes."""
 
 from typing import LiteralString
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -89,6 +90,33 @@ def test_a_verdict_of_no_sweep_is_refused(db: Database) -> None:
             " 'r', 'r', now())"
         )
     assert db.verdicts() == []
+
+
+async def test_verdicts_of_several_sweeps_are_refused_if_there_is_none_of_one(
+    db: Database,
+) -> None:
+    """Wherever among the others they stand, which are written if each has its sweep."""
+    db.add_run("run")
+    await recover_orphaned_runs()
+    [sweep] = db.sweeps()
+    known, unknown = sweep["sweep_id"], uuid4()
+    add = (
+        "INSERT INTO orphan_recovery.verdicts (sweep_id, run_id, target, outcome, status_seen,"
+        " sign_of_life, evidence, silence, threshold, rule, reason, judged_at) SELECT told,"
+        " 'x' || n, 'default', 'vanished', 'running', now(), 'age', '1 h', '1 h', 'r', 'r', now()"
+        " FROM unnest(%s::uuid[]) WITH ORDINALITY AS one (told, n)"
+    )
+    for several in ([known, known, unknown], [unknown, known], [unknown, unknown]):
+        with pytest.raises(psycopg.errors.ForeignKeyViolation, match=str(unknown)):
+            db.do(add, several)
+    db.do(
+        "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by, reason,"
+        " threshold, scope, version, opened_at) VALUES (%s, 'default', 'worker_runs', 'test',"
+        " 'test', '30 minutes', '{}', '0', now())",
+        unknown,
+    )
+    db.do(add, [known, unknown])
+    assert len(db.verdicts()) == 3
 
 
 def test_an_open_sweep_may_be_closed_and_nothing_else(db: Database) -> None:

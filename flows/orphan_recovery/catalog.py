@@ -74,6 +74,9 @@ class Relation:
     """Each set of columns that is unique together and never NULL, by a whole and valid index."""
     checks: dict[str, tuple[str, ...]]
     """Column to the conditions that the table puts on it alone."""
+    shows_places: bool = False
+    """Whether a row can be told by its place, ``ctid``: the table is one heap without parts or
+    children, and this role may read it."""
 
     @property
     def is_table(self) -> bool:
@@ -99,6 +102,10 @@ _KINDS: Final = {
 _RELATION: Final = text(
     """
     SELECT c.oid, n.nspname, c.relname, c.relkind::text AS kind,
+           -- A heap has one ctid a row (column -1); a table with children, one a row in each.
+           NOT c.relhassubclass AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'heap')
+               AND coalesce(has_column_privilege(c.oid, (-1)::smallint, 'SELECT'), false)
+               AS shows_places,
            (SELECT coalesce(jsonb_agg(
                        jsonb_build_array(a.attname, pg_get_expr(k.conbin, k.conrelid))
                        ORDER BY k.conname), '[]')
@@ -171,6 +178,7 @@ def look_up(connection: Connection, schema: str | None, name: str) -> Relation |
         },
         unique=tuple(frozenset(columns) for columns in found["unique_sets"] if columns),
         checks=checks,
+        shows_places=found["shows_places"],
     )
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.ledger import verdicts
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.runs import RunsTable
+from orphan_recovery.runs import PLACE, RunsTable
 from orphan_recovery.verdict import Outcome
 
 WHOSE: Final = ("worker_id", "tenant_id", "task")
@@ -27,8 +27,9 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
     Args:
         table: the runs.
         request: the sweep whose verdict it is.
-        locked: what was judged, locked in this statement: ``key_0`` and so on, ``lock_key`` where
-            a lock is the evidence, ``run_id``, ``reason``, and the columns of ``WHOSE`` and
+        locked: what was judged, locked in this statement: ``key_0`` and so on, ``place`` where
+            the rows are to be found by it and not by their keys, ``lock_key`` where a lock is the
+            evidence, ``run_id``, ``reason``, and the columns of ``WHOSE`` and
             ``EVIDENCE``, in the row's own words.
 
     Returns:
@@ -37,7 +38,7 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
     """
     marked = (
         update(table.table)
-        .where(*(column == locked.c[f"key_{n}"] for n, column in enumerate(table.key)))
+        .where(*_is_row(table, locked))
         .where(table.text("status") == locked.c.status)  # in parts by status, unique with it only
         .where(*_unheld(table, locked))
         .values(_crash(table, request, locked))
@@ -60,6 +61,14 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
     # From a select of its own, so that the update is in it once.
     rows = marked.select().with_only_columns(*recorded.values())
     return marked, insert(verdicts).from_select(list(recorded), rows)
+
+
+def _is_row(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:
+    """Which row it is. By its place, which a lock keeps as it is, without a look into the index:
+    but a version that came after the statement began is not seen there, and left for another."""
+    if PLACE in locked.c:
+        return [table.columns[PLACE] == locked.c[PLACE]]
+    return [column == locked.c[f"key_{n}"] for n, column in enumerate(table.key)]
 
 
 def _unheld(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:

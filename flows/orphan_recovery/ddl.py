@@ -207,9 +207,10 @@ def _index_names(runs: RunsTable) -> dict[str, sql.Composed]:
         )
     }
     if target.crash_is_its_own_status and "completed_at" in facts:
-        # Without the key: what one statement marked is alike in it, and takes little space.
+        # Without the key: what one statement marked is alike in it, and takes little space. From
+        # the oldest on, so that it grows at its end; the newest are read backwards.
         indexes[_index_name(runs, "crashed")] = _sql(
-            "({} DESC NULLS LAST) WHERE {} = {}",
+            "({} NULLS FIRST) WHERE {} = {}",
             sql.Identifier(facts["completed_at"].name),
             status,
             sql.Literal(target.crashed),

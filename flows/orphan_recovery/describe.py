@@ -25,9 +25,16 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.elements import quoted_name
 
-from orphan_recovery.catalog import ColumnFacts, Relation, accepts, look_up, similar
+from orphan_recovery.catalog import (
+    CatalogType,
+    ColumnFacts,
+    Relation,
+    accepts,
+    look_up,
+    similar,
+)
 from orphan_recovery.database import Executor
-from orphan_recovery.runs import ROLES, TIMES, Kept, RunsTable, as_utc, key_role
+from orphan_recovery.runs import PLACE, ROLES, TIMES, Kept, RunsTable, as_utc, key_role
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target, split_table
 from orphan_recovery.targets import where
@@ -80,6 +87,8 @@ def describe_runs(
     _check_roles(connection, target, relation, facts)
     schema, _ = split_table(target.table)
     table = _table(relation, schema, {role: fact.name for role, fact in facts.items()})
+    if relation.shows_places:
+        table.append_column(Column("ctid", CatalogType("pg_catalog.tid"), key=PLACE, system=True))
     elsewhere = {
         key: _elsewhere(connection, target, relation, table, key)
         for key in ("worker_heartbeat", "run_events")

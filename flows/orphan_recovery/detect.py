@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, or_, select, tuple_
 from sqlalchemy.dialects.postgresql import TIMESTAMP, aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -188,27 +188,29 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
     """
     runs = await runs_table(db, request.target)
     now = func.statement_timestamp(type_=_AWARE)
-    threshold = threshold_of(runs, request)
-    silent = and_(runs.sign_of_life <= now - threshold, ~runs.is_locked)
+    beats = [time.label(f"beat_{n}") for n, time in enumerate(runs.beats.values())]
+    locks = [runs.is_locked.label("is_locked"), runs.is_held.label("is_held")]
     run = _each_once(
         select(
             runs.sign_of_life.label("sign"),
-            silent.label("silent"),
-            (runs.evidence != Evidence.AGE.value).label("beaten"),
-            threshold.is_(None).label("exempt"),
+            threshold_of(runs, request).label("threshold"),
+            *(beats if runs.target.lock is None else beats + locks),
         )
         .select_from(runs.reads_from())
         .where(runs.in_flight, *_scope(runs, request))
     )
+    silent, beaten = run.sign <= now - run.threshold, [run[b.name] == run.sign for b in beats]
+    if runs.target.lock is not None:  # as the evidence has it
+        silent, beaten = and_(silent, ~run.is_locked), [*beaten, run.is_held]
     # A minute of grace: a beat that was written while this statement began is no wrong clock.
     too_late = now + timedelta(minutes=1)
     statement = select(
         func.count().label("in_flight"),
-        func.count().filter(run.silent).label("orphans"),
-        func.count().filter(run.silent, run.beaten).label("beating"),
+        func.count().filter(silent).label("orphans"),
+        func.count().filter(silent, or_(false(), *beaten)).label("beating"),
         func.count().filter(run.sign.is_(None)).label("undatable"),
         func.count().filter(run.sign > too_late).label("ahead"),
-        func.count().filter(run.exempt).label("exempt"),
+        func.count().filter(run.threshold.is_(None)).label("exempt"),
         now.label("seen_at"),
     )
     row = (await db.execute(statement)).mappings().one()
@@ -286,22 +288,21 @@ async def look_at_silence(
     """
     runs = await runs_table(db, request.target)
     now = func.statement_timestamp(type_=_AWARE)
-    threshold = threshold_of(runs, request)
     # A lock, and what is out of scope, is no silence; a run that is exempt, or may be silent for
     # longer, is no sign of life.
     proves_nothing = and_(~runs.is_locked, *_scope(runs, request))
-    overdue = and_(runs.sign_of_life <= now - threshold, proves_nothing)
-    run = _each_once(
+    row = _each_once(
         select(
             (runs.text("worker_id") if runs.has("worker_id") else runs.run_id).label("worker"),
-            func.coalesce(overdue, false()).label("silent"),
             func.coalesce(proves_nothing, false()).label("proves_nothing"),
             runs.sign_of_life.label("sign"),
-            threshold.label("threshold"),
+            threshold_of(runs, request).label("threshold"),
         )
         .select_from(runs.reads_from())
         .where(runs.in_flight, *([] if among is None else [among]))
     )
+    overdue = and_(row.sign <= now - row.threshold, row.proves_nothing)
+    run = _each_once(select(*row, overdue.label("silent")))
     each = (
         select(
             run.worker,

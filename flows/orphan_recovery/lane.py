@@ -83,7 +83,9 @@ class Traffic:
 async def enter(db: Executor, target: Target, lane: int) -> int:
     """Wait for a lane of a table, behind all who wait already. Does not commit.
 
-    The lane is kept until the transaction ends.
+    The lane is kept until the transaction ends. For its rest the planner is told to take rows one
+    by one, since a slice is a small part of any table that needs slices; and its commit does not
+    wait for the disk, since the one that closes the sweep does.
 
     Args:
         db: a transaction of the caller's, READ COMMITTED.
@@ -101,7 +103,7 @@ async def enter(db: Executor, target: Target, lane: int) -> int:
     settings = {"longer": str(STATEMENT_TIMEOUT_MS), "lock": str(LOCK_TIMEOUT_MS)}
     which = {"lane": str(lane), "schema": relation.schema, "name": relation.name}
     await db.execute(_ENTER, {**which, **settings})
-    return int((await db.execute(_NEXT_TRANSACTION)).scalar_one())
+    return int((await db.execute(_ENTERED)).scalar_one())
 
 
 def lock_of(lane: str, schema: str, name: str) -> str:
@@ -121,5 +123,14 @@ _ENTER: Final = text(
     """
 )
 
-# As it stands when the lane is entered, and so by a statement of its own.
-_NEXT_TRANSACTION: Final = text("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+# The next transaction as it stands when the lane is entered, and so by a statement of its own. And
+# the log is flushed once, by the commit that closes the sweep: a server that crashes before forgets
+# marks and verdicts alike, and what it forgot is detected again.
+_ENTERED: Final = text(
+    """
+    SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint,
+           set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true),
+           set_config('enable_seqscan', 'off', true), set_config('enable_bitmapscan', 'off', true),
+           set_config('enable_sort', 'off', true), set_config('synchronous_commit', 'off', true)
+    """
+)

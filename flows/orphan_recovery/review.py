@@ -85,6 +85,7 @@ def _default_table(connection: Connection, target: Target) -> tuple[list[str], R
         columns=columns,
         unique=found.unique if found else (frozenset({"id"}),),
         checks=found.checks if found else {},
+        shows_places=found.shows_places if found else True,
     )
     return statements, describe_runs(connection, target, relation)
 

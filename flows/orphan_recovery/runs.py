@@ -46,6 +46,8 @@ from orphan_recovery.target import Columns, Target
 
 TIMES: Final = ("created_at", "started_at", "heartbeat_at")
 """The run's own signs of life, by role."""
+PLACE: Final = "place"
+"""Among a table's columns, where a row lies; only where that tells it from all others."""
 ROLES: Final = tuple(role for role in Columns.model_fields if role != "id")
 
 _AWARE = TIMESTAMP(timezone=True)
@@ -244,15 +246,19 @@ class RunsTable:
         return func.coalesce(self.lock_key.in_(held), false())
 
     @cached_property
-    def evidence(self) -> ColumnElement[str]:
+    def beats(self) -> dict[Evidence, ColumnElement[datetime | None]]:
+        """The signs of life that somebody has to go on giving."""
         sources = (
             (Evidence.RUN_HEARTBEAT, self.utc("heartbeat_at"), self.has("heartbeat_at")),
             (Evidence.WORKER_HEARTBEAT, self.worker_seen_at, "worker_heartbeat" in self.elsewhere),
         )
+        return {evidence: time for evidence, time, is_there in sources if is_there}
+
+    @cached_property
+    def evidence(self) -> ColumnElement[str]:
         whens = [
             (time == self.sign_of_life, literal(evidence.value))
-            for evidence, time, is_there in sources
-            if is_there
+            for evidence, time in self.beats.items()
         ]
         if self.target.lock is not None:
             whens.insert(0, (self.is_held, literal(Evidence.LOCK.value)))

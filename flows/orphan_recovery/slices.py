@@ -37,7 +37,7 @@ from orphan_recovery.ledger import verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import in_words, reason_of, shortest
 from orphan_recovery.run import Evidence, WorkerRun
-from orphan_recovery.runs import RunsTable
+from orphan_recovery.runs import PLACE, RunsTable
 from orphan_recovery.verdict import Outcome, Verdict
 
 _AWARE = TIMESTAMP(timezone=True)
@@ -124,10 +124,8 @@ async def take_slice(
     other end, against it. Does not commit.
 
     Args:
-        db: a transaction of the caller's, READ COMMITTED, and in a lane. For its rest, its
-            planner is told to take rows one by one, since a slice is a small part of any table
-            that needs slices; and its commit does not wait for the disk, since the one that
-            closes the sweep does.
+        db: a transaction of the caller's, READ COMMITTED, and in a lane
+            (:func:`orphan_recovery.lane.enter`).
         request: the sweep; it must be in the ledger.
         size: at most so many.
         stretch: of which runs.
@@ -138,7 +136,6 @@ async def take_slice(
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.
     """
     table = await runs_table(db, request.target)
-    await db.execute(_SETTINGS)
     began = time.monotonic()
     statement = _slice(table, request, among, backwards=stretch.backwards, shown=shown)
     rows = list((await db.execute(statement, {"size": size, **stretch.values})).mappings())
@@ -161,23 +158,14 @@ async def look_at_slice(
     return [snapshot(request, {name: row[name] for name in names}) for row in rows]
 
 
-_SETTINGS: Final = select(
-    *(
-        func.set_config(f"enable_{how}", "off", True)
-        for how in ("hashjoin", "mergejoin", "seqscan", "bitmapscan", "sort")
-    ),
-    # The log is flushed once, by the commit that closes the sweep. A server that crashes before
-    # forgets marks and verdicts alike, and what it forgot is detected again.
-    func.set_config("synchronous_commit", "off", True),
-)
-
-
 @lru_cache(maxsize=64)
 def _slice(
     table: RunsTable, request: SweepRequest, among: Among | None, *, backwards: bool, shown: bool
 ) -> Select[Any]:
     """Built once for each sweep, for a sweep may take thousands of them."""
     locked = _candidates(table, request, among, backwards=backwards, shown=shown)
+    if PLACE in table.columns:
+        locked = locked.add_columns(table.columns[PLACE].label(PLACE))
     locked = locked.with_for_update(of=table.table, key_share=True, skip_locked=True)
     condemning = _each if shown else _counted
     return condemning(locked, table, request, backwards=backwards)
@@ -255,7 +243,7 @@ def _each(
     # Looked up in a hash that no setting forbids, as a join's is here; and at the verdict's time,
     # which is that of the statement.
     is_marked = locked.c.id.in_(select(recorded.c.run_id))
-    names = [column for column in locked.c if column.key[:4] != "key_"]
+    names = [column for column in locked.c if column.key[:4] != "key_" and column.key != PLACE]
     return select(
         *names,
         case((is_marked, _NOW)).label("judged_at"),
@@ -295,6 +283,7 @@ def _condemn(locked: CTE, table: RunsTable, request: SweepRequest) -> tuple[CTE,
     """The mark, on what it reads by the names that it knows."""
     judged = select(
         *(locked.c[f"key_{n}"] for n, _ in enumerate(table.key)),
+        *([locked.c[PLACE]] if PLACE in locked.c else []),
         *([] if table.target.lock is None else [locked.c.lock_key]),
         locked.c.id.label("run_id"),
         locked.c.rule_in_words.label("rule"),

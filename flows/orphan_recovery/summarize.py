@@ -4,8 +4,9 @@ The hazard is a lost database that looks like a quiet day: an error is raised he
 into a count of none.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, RowMapping, Select, and_, func, literal, select
 
@@ -18,6 +19,9 @@ from orphan_recovery.runs import RunsTable
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome
+
+NEWEST: Final = 10
+"""Crashes that are told one by one."""
 
 
 async def get_crash_recovery_summary() -> dict[str, Any]:
@@ -55,14 +59,13 @@ async def crash_summary(db: Executor, target: Target) -> dict[str, Any]:
     """The same on a connection or session of the caller's."""
     table = await runs_table(db, target)
     own = target.crash_is_its_own_status
-    total, newest = _by_status(table) if own else _by_ledger(table)
-    if not table.has("completed_at"):  # the rows do not say which are the newest
-        _, newest = _by_ledger(table)
     async with ledger_there():
-        count = await db.execute(total)
-        recent = (await db.execute(newest)).mappings()
+        total = await db.execute(_crashed(table) if own else _marked(target))
+        # Where the rows do not say which are the newest, the ledger does.
+        by_rows = own and table.has("completed_at")
+        recent = await (_newest(db, table) if by_rows else _newest_of_ledger(db, table))
     return {
-        "total_crashed": count.scalar_one(),
+        "total_crashed": total.scalar_one(),
         "recent_crashes": [
             {k: iso(v) if isinstance(v, datetime) else v for k, v in row.items()} for row in recent
         ],
@@ -74,13 +77,14 @@ async def _contests(db: Executor, target: Target) -> dict[str, Any] | None:
     """How often verdicts were wrong, in all and where most often."""
     if await db.scalar(select(func.to_regclass(f"{SCHEMA}.contests"))) is None:
         return None
-    sides = {"by_task": verdicts.c.task, "by_worker": verdicts.c.worker_id}
-    total, *each = [
-        (await db.execute(_rates(target, *side))).mappings().all()
-        for side in ((), *((column,) for column in sides.values()))
-    ]
-    told = {name: [_rate(row) for row in rows] for name, rows in zip(sides, each, strict=True)}
-    return {**_rate(total[0]), **told}
+    total = (await db.execute(_rates(target))).mappings().one()
+    told: dict[str, Any] = _rate(total)
+    for name, side in {"by_task": verdicts.c.task, "by_worker": verdicts.c.worker_id}.items():
+        told[name] = []
+        if total["contested"]:  # else there is nothing to tell, and no need to look for it
+            rows = (await db.execute(_rates(target, side))).mappings()
+            told[name] = [_rate(row) for row in rows]
+    return told
 
 
 def _rates(target: Target, *by: ColumnElement[Any]) -> Select[Any]:
@@ -89,11 +93,7 @@ def _rates(target: Target, *by: ColumnElement[Any]) -> Select[Any]:
     statement = (
         select(*by, func.count().label("verdicts"), contested.label("contested"))
         .select_from(verdicts.join(contests, same, isouter=True))
-        .where(
-            verdicts.c.target == target.name,
-            verdicts.c.outcome == Outcome.MARKED.value,
-            verdicts.c.judged_at > func.statement_timestamp() - literal(CONTESTS_WITHIN),
-        )
+        .where(*_of_late(target))
     )
     if by:
         statement = statement.group_by(*by).having(contested > 0).order_by(contested.desc(), *by)
@@ -105,10 +105,28 @@ def _rate(row: RowMapping) -> dict[str, Any]:
     return {**row, "rate": round(rate, 6)}
 
 
-def _by_status(table: RunsTable) -> tuple[Select[Any], Select[Any]]:
-    """How many, and the newest ten, of the rows that stand crashed."""
-    total = select(func.count()).select_from(table.table).where(table.is_crashed)
-    newest = (
+def _crashed(table: RunsTable) -> Select[Any]:
+    """How many rows stand crashed."""
+    return select(func.count()).select_from(table.table).where(table.is_crashed)
+
+
+def _marked(target: Target) -> Select[Any]:
+    """How many runs the ledger has marked: the status alone does not tell a crash."""
+    return select(func.count()).select_from(verdicts).where(*_of(target))
+
+
+def _of(target: Target) -> list[ColumnElement[bool]]:
+    return [verdicts.c.target == target.name, verdicts.c.outcome == Outcome.MARKED.value]
+
+
+def _of_late(target: Target) -> list[ColumnElement[bool]]:
+    since = func.statement_timestamp() - literal(CONTESTS_WITHIN)
+    return [*_of(target), verdicts.c.judged_at > since]
+
+
+async def _newest(db: Executor, table: RunsTable) -> Sequence[RowMapping]:
+    """The newest of the rows that stand crashed."""
+    statement = (
         select(
             table.run_id.label("run_id"),
             *(table.text(role).label(role) for role in ("worker_id", "tenant_id")),
@@ -117,30 +135,32 @@ def _by_status(table: RunsTable) -> tuple[Select[Any], Select[Any]]:
             table.error_text.label("error"),
         )
         .where(table.is_crashed)
-        # Served by the partial index of what is crashed.
+        # Served by the partial index of what is crashed, read backwards.
         .order_by(table.plain("completed_at").desc().nulls_last(), *table.key)
-        .limit(10)
+        .limit(NEWEST)
     )
-    return total, newest
+    return (await db.execute(statement)).mappings().all()
 
 
-def _by_ledger(table: RunsTable) -> tuple[Select[Any], Select[Any]]:
-    """How many, and the newest ten, of the verdicts: the status alone does not tell a crash."""
-    marked = and_(
-        verdicts.c.target == table.target.name, verdicts.c.outcome == Outcome.MARKED.value
-    )
-    total = select(func.count()).select_from(verdicts).where(marked)
-    last = select(verdicts).where(marked).order_by(verdicts.c.judged_at.desc()).limit(10).subquery()
-    newest = (
-        select(
-            last.c.run_id,
-            last.c.worker_id,
-            last.c.tenant_id,
-            table.utc("created_at").label("created_at"),
-            last.c.judged_at.label("crashed_at"),
-            func.coalesce(table.error_text, last.c.reason).label("error"),
+async def _newest_of_ledger(db: Executor, table: RunsTable) -> Sequence[RowMapping]:
+    """The newest of the runs that the ledger has marked; mostly they are found among the verdicts
+    of late, which an index knows."""
+    for marked in (_of_late(table.target), _of(table.target)):
+        newest = verdicts.c.judged_at.desc(), verdicts.c.run_id
+        last = select(verdicts).where(*marked).order_by(*newest).limit(NEWEST).subquery()
+        statement = (
+            select(
+                last.c.run_id,
+                last.c.worker_id,
+                last.c.tenant_id,
+                table.utc("created_at").label("created_at"),
+                last.c.judged_at.label("crashed_at"),
+                func.coalesce(table.error_text, last.c.reason).label("error"),
+            )
+            .select_from(last.join(table.table, table.is_row(last.c.run_id), isouter=True))
+            .order_by(last.c.judged_at.desc(), last.c.run_id)
         )
-        .select_from(last.join(table.table, table.is_row(last.c.run_id), isouter=True))
-        .order_by(last.c.judged_at.desc(), last.c.run_id)
-    )
-    return total, newest
+        found = (await db.execute(statement)).mappings().all()
+        if len(found) == NEWEST:
+            break
+    return found
