@@ -28,7 +28,7 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
         table: the runs.
         request: the sweep whose verdict it is.
         locked: what was judged, locked in this statement: ``key_0`` and so on, ``place`` where
-            the rows are to be found by it and not by their keys, ``lock_key`` where a lock is the
+            the rows are to be found by it, ``lock_key`` where a lock is the
             evidence, ``run_id``, ``reason``, and the columns of ``WHOSE`` and
             ``EVIDENCE``, in the row's own words.
 
@@ -64,11 +64,12 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
 
 
 def _is_row(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:
-    """Which row it is. By its place, which a lock keeps as it is, without a look into the index:
-    but a version that came after the statement began is not seen there, and left for another."""
-    if PLACE in locked.c:
-        return [table.columns[PLACE] == locked.c[PLACE]]
-    return [column == locked.c[f"key_{n}"] for n, column in enumerate(table.key)]
+    """Which row it is: by its key; and, where that is known, by its place, which a lock keeps as it
+    is, so that it is found without a look into the index. By the place alone it would be another
+    row, too, once the table has a child. A version that came after the statement began is not seen
+    there, and left for others."""
+    keys = [column == locked.c[f"key_{n}"] for n, column in enumerate(table.key)]
+    return [table.columns[PLACE] == locked.c[PLACE], *keys] if PLACE in locked.c else keys
 
 
 def _unheld(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:
