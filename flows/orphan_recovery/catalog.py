@@ -74,7 +74,7 @@ class Relation:
     """Each set of columns that is unique together and never NULL, by a whole and valid index."""
     checks: dict[str, tuple[str, ...]]
     """Column to the conditions that the table puts on it alone."""
-    shows_places: bool = False
+    shows_places: bool
     """Whether a row can be told by its place, ``ctid``: the table is one heap without parts or
     children, and this role may read it."""
 
@@ -104,8 +104,7 @@ _RELATION: Final = text(
     SELECT c.oid, n.nspname, c.relname, c.relkind::text AS kind,
            -- A heap has one ctid a row (column -1); a table with children, one a row in each.
            NOT c.relhassubclass AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'heap')
-               AND coalesce(has_column_privilege(c.oid, (-1)::smallint, 'SELECT'), false)
-               AS shows_places,
+               AND has_column_privilege(c.oid, (-1)::smallint, 'SELECT') AS shows_places,
            (SELECT coalesce(jsonb_agg(
                        jsonb_build_array(a.attname, pg_get_expr(k.conbin, k.conrelid))
                        ORDER BY k.conname), '[]')

@@ -28,9 +28,8 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
         table: the runs.
         request: the sweep whose verdict it is.
         locked: what was judged, locked in this statement: ``key_0`` and so on, ``place`` where
-            the rows are to be found by it, ``lock_key`` where a lock is the
-            evidence, ``run_id``, ``reason``, and the columns of ``WHOSE`` and
-            ``EVIDENCE``, in the row's own words.
+            the rows are to be found by it, ``lock_key`` where a lock is the evidence, ``run_id``,
+            ``reason``, and the columns of ``WHOSE`` and ``EVIDENCE``, in the row's own words.
 
     Returns:
         What was marked; and the statement, which has that and ``locked`` in it, and returns
