@@ -1,6 +1,7 @@
 """The flow, run against a real Prefect server, which is then asked what it saw."""
 
 import asyncio
+import gc
 import json
 import logging
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from orphan_recovery import flow
+from orphan_recovery import flow_tasks
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
 from orphan_recovery.policy import RetryPlan
 from prefect_support import Api, flow_run_of, marks, sweep
@@ -74,6 +75,34 @@ async def test_each_orphan_has_a_task_run_of_its_own(db: Database, api: Api) -> 
         assert message.startswith(f"{orphan}: marked; silent for 1:")
         assert "by its age when detected, threshold 0:30:00, held by worker worker-" in message
     assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
+
+
+@pytest.mark.parametrize("frozen_by_others", [False, True])
+async def test_while_it_marks_what_is_loaded_is_kept_out_of_garbage_collections(
+    db: Database, api: Api, caplog: pytest.LogCaptureFixture, frozen_by_others: bool
+) -> None:
+    """And no longer; what somebody else froze stays so."""
+    caplog.set_level(logging.INFO, "orphan_recovery")
+    db.add_orphans(2)
+    frozen: list[int] = []
+
+    def count(record: logging.LogRecord) -> bool:
+        if record.getMessage() == "orphan_run_marked_crashed":
+            frozen.append(gc.get_freeze_count())
+        return True
+
+    if frozen_by_others:
+        gc.freeze()
+    caplog.handler.addFilter(count)
+    try:
+        assert (await sweep(api)).is_completed()
+        left = gc.get_freeze_count()
+    finally:
+        caplog.handler.removeFilter(count)
+        gc.unfreeze()
+    assert len(frozen) == 2
+    assert min(frozen) > 100_000
+    assert (left > 0) is frozen_by_others
 
 
 async def test_the_flow_waits_for_another_sweep_of_its_table(
@@ -159,7 +188,7 @@ async def test_while_it_marks_page_by_page_it_tells_how_far_it_is(
     db: Database, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORPHAN_RECOVERY_TARGETS__DEFAULT__ORPHANS_PER_SECOND", "10")
-    monkeypatch.setattr(flow, "STRETCH_SECONDS", 0.2)
+    monkeypatch.setattr(flow_tasks, "STRETCH_SECONDS", 0.2)
     db.add_orphans(30)
     state = await sweep(api, limit=20, task_each_up_to=5)  # in pages of ten, a second apart
     assert state.is_completed(), state.message

@@ -1,33 +1,27 @@
 """The flow: detect, mark each orphan as a task of its own, summarise.
 
 The hazard is an orchestrator that hides what happened: one failed mark that fails all, or one
-that nobody hears of. So each orphan has its own task run, retried by itself and only for what is
-transient; and the flow decides its end explicitly, Failed with a message that counts as soon as
-one orphan could not be marked.
+that nobody hears of. So each orphan has its own task run (``flow_tasks.py``); and the flow decides
+its end explicitly, Failed with a message that counts as soon as one orphan could not be marked.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any
 from uuid import UUID
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
-from prefect.tasks import Task, exponential_backoff
-from prefect.utilities.annotations import quote
 from pydantic import Field
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery.database import address, describe, make_engine, transaction
-from orphan_recovery.detect import detect as detect_orphans
+from orphan_recovery.database import address, describe, make_engine
 from orphan_recovery.doubt import Doubt
 from orphan_recovery.flow_hold import (
     HELD,
@@ -41,12 +35,23 @@ from orphan_recovery.flow_hold import (
     undelivered_answers,
     who_asks,
 )
+from orphan_recovery.flow_tasks import (
+    decide,
+    detect,
+    in_transaction,
+    look_again,
+    mark,
+    mark_pages,
+    mark_slices,
+    open_sweep,
+    summarise,
+    unseen,
+)
 from orphan_recovery.hold import Decision, approve, is_open
-from orphan_recovery.judge import Progress, judge_slices
-from orphan_recovery.judge_pages import judge_pages
+from orphan_recovery.judge import Progress
 from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
-from orphan_recovery.policy import is_outage, is_transient, retry_plan
+from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport, as_markdown, as_table
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
 from orphan_recovery.run import WorkerRun
@@ -54,75 +59,21 @@ from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
 from orphan_recovery.slices import is_sliceable
 from orphan_recovery.sweep import (
     Look,
-    begin,
-    decide_on,
-    finish,
     is_enabled,
     log_detected,
     log_doubt,
     log_end,
     log_start,
-    look_again_at,
     tell_of,
 )
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import find_target
-from orphan_recovery.turn import in_turn
 from orphan_recovery.verdict import Outcome, Verdict
-
-T = TypeVar("T")
 
 FLOW_NAME = "recover-orphaned-runs"
 MOST_TASKS = 10_000
 TASKS_AT_ONCE = 64
 """Task runs side by side. They mark together, so that each needs no connection of its own."""
-STRETCH_SECONDS = 5.0
-"""How long one task run goes on with slices."""
-
-
-async def _worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
-    """Prefect's question, answered by the policy. It has to be async: see ``Task.retries``."""
-    error = await state.aresult(raise_on_failure=False)
-    return isinstance(error, BaseException) and is_transient(error.__cause__ or error)
-
-
-_PLAN = retry_plan()
-_RETRIED: dict[str, Any] = {
-    "retries": _PLAN.retries,
-    "retry_delay_seconds": exponential_backoff(_PLAN.backoff_factor),
-    "retry_jitter_factor": _PLAN.jitter,
-    "retry_condition_fn": _worth_retrying,
-    # A look at the database is never to be answered from a cache.
-    "cache_policy": NO_CACHE,
-    "persist_result": False,
-}
-_RETRIED_WITHIN: dict[str, Any] = {**_RETRIED, "retries": 0}
-"""Of a task with many transactions: each of them is tried again by the same plan, by itself."""
-
-
-def _unseen(value: T) -> T:
-    """As a task's parameter: Prefect looks through it, field by field of each run, for results of
-    other tasks, unless it is quoted."""
-    return cast("T", quote(value))
-
-
-class DatabaseError(RuntimeError):
-    """A database error in one line, for people who read it in the UI; its cause is the error."""
-
-
-@contextmanager
-def _errors_in_a_line() -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:  # its own text is the whole statement
-        raise DatabaseError(describe(error)) from error
-
-
-@asynccontextmanager
-async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    with _errors_in_a_line():
-        async with transaction(engine) as connection:
-            yield connection
 
 
 class SweepFailed(RuntimeError):  # noqa: N818 - named for what an operator reads
@@ -131,95 +82,6 @@ class SweepFailed(RuntimeError):  # noqa: N818 - named for what an operator read
     def __init__(self, report: SweepReport) -> None:
         super().__init__(report.headline())
         self.report = report.as_dict()
-
-
-@task(name="open-sweep", task_run_name="open-sweep", **_RETRIED)
-async def open_sweep(engine: AsyncEngine, request: SweepRequest) -> Look:
-    """Record that the sweep begins, and look at all that is in flight."""
-    with _errors_in_a_line():
-        return await in_turn(engine, request, lambda db, other: begin(db, request, other))
-
-
-@task(name="look-again", task_run_name="look-again", **_RETRIED)
-async def look_again(engine: AsyncEngine, request: SweepRequest, look: Look) -> Look:
-    """Look a second time, after whoever lives has had the time to beat."""
-    with _errors_in_a_line():
-        return await in_turn(engine, request, lambda db, _: look_again_at(db, request, look))
-
-
-@task(name="decide", task_run_name="decide", **_RETRIED)
-async def decide(engine: AsyncEngine, report: SweepReport, look: Look) -> Decision:
-    """Hold what looks like too much of the fleet; close what has recovered."""
-    async with _transaction(engine) as connection:
-        return await decide_on(connection, report, look)
-
-
-@task(name="detect", task_run_name="detect", **_RETRIED)
-async def detect(engine: AsyncEngine, request: SweepRequest, decision: Decision) -> quote:
-    """Find the orphans that may be marked, and quote the list of them; reads only."""
-    async with _transaction(engine) as connection:
-        return quote(await detect_orphans(connection, request, among=decision.among))
-
-
-@task(name="mark", task_run_name="mark-{run_id}", **_RETRIED)
-async def mark(marks: SharedMarks, run_id: str) -> State[Any]:
-    """Give the verdict on one orphan; its task run's state tells it, and so does its log."""
-    run = marks.runs[run_id]
-    with _errors_in_a_line():
-        verdict = await marks.mark(run)
-    # Of the event Prefect would print the name alone; and it prints the state, which says it all.
-    log_verdict(verdict, marks.request, marked_level=logging.INFO)
-    message = (
-        f"{run.id}: {verdict.outcome.value}; silent for {run.silence} by its {run.evidence.value} "
-        f"when detected, threshold {run.threshold}, held by worker {run.worker_id or '(none)'}"
-    )
-    marks.verdicts[run_id] = verdict  # as the state's data, Prefect would look through it
-    return Completed(message=message)
-
-
-@task(name="mark-slices", **_RETRIED_WITHIN)
-async def mark_slices(
-    engine: AsyncEngine, request: SweepRequest, decision: Decision, progress: Progress
-) -> Progress:
-    """Mark so many orphans as a few seconds allow, slice by slice, each in its own transaction."""
-    with _errors_in_a_line():
-        await judge_slices(engine, request, progress, decision.among, seconds=STRETCH_SECONDS)
-    get_run_logger().info("%d orphans judged", progress.detected)
-    return progress
-
-
-@task(name="mark-pages", task_run_name="mark-pages", **_RETRIED_WITHIN)
-async def mark_pages(
-    engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
-) -> None:
-    """Mark, page by page, what no slice has taken; a dry run lists it. Adds what failed."""
-    with _errors_in_a_line(), _telling_how_far(report):
-        await judge_pages(engine, report, decision.among, failed)
-
-
-@contextmanager
-def _telling_how_far(report: SweepReport) -> Iterator[None]:
-    """Say in the flow run's log, every few seconds, how many have been judged."""
-
-    async def tell() -> None:
-        while True:
-            await asyncio.sleep(STRETCH_SECONDS)
-            get_run_logger().info("%d orphans judged", report.detected)
-
-    telling = asyncio.create_task(tell())
-    try:
-        yield
-    finally:
-        telling.cancel()
-
-
-@task(name="summarise", task_run_name="summarise", **_RETRIED)
-async def summarise(
-    engine: AsyncEngine, report: SweepReport, failed: list[Verdict], decision: Decision | None
-) -> list[Verdict]:
-    """Settle what failed, and close the sweep in the ledger."""
-    async with _transaction(engine) as connection:
-        return await finish(connection, report, failed, decision)
 
 
 @flow(name=FLOW_NAME, persist_result=False)
@@ -305,7 +167,7 @@ async def _heed(engine: AsyncEngine, hold_id: UUID | None, answer: Answer) -> st
             "the answer was not heeded, for this flow run has lost the tag that names its hold: "
             "release it with `orphan-recovery approve`"
         )
-    async with _transaction(engine) as connection:
+    async with in_transaction(engine) as connection:
         if not await is_open(connection, hold_id):
             return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
         if answer.decision != MARK_THEM:
@@ -340,7 +202,7 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
     if report.fleet is None:  # it never began, and has nothing to close
         return
     try:
-        settled = await summarise(engine, _unseen(report), _unseen(failed), _unseen(decision))
+        settled = await summarise(engine, unseen(report), unseen(failed), unseen(decision))
         report.judged(settled)
     except Exception as error:
         report.judged(failed)
@@ -363,7 +225,7 @@ async def _look_again(engine: AsyncEngine, report: SweepReport, look: Look, doub
 
 
 async def _is_sliceable(engine: AsyncEngine, request: SweepRequest) -> bool:
-    async with _transaction(engine) as connection:
+    async with in_transaction(engine) as connection:
         return await is_sliceable(connection, request)
 
 
@@ -381,7 +243,7 @@ async def _mark_many(
         finally:
             failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
             progress.hand_over_to(report)
-    await mark_pages(engine, _unseen(report), decision, _unseen(failed))
+    await mark_pages(engine, unseen(report), decision, unseen(failed))
 
 
 async def _mark_each(
@@ -417,9 +279,27 @@ async def _mark_each(
         log_verdict(verdict, request)
         return verdict
 
-    verdicts = await asyncio.gather(*(judged(run) for run in runs))
+    with _frozen():
+        verdicts = await asyncio.gather(*(judged(run) for run in runs))
     report.judged([v for v in verdicts if v.outcome is not Outcome.FAILED])
     failed += [v for v in verdicts if v.outcome is Outcome.FAILED]
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Keep what has been loaded so far out of garbage collections.
+
+    With Prefect that is nearly two hundred thousand objects, and a thousand task runs make so many
+    new ones that all there are is looked through twice, an eighth of a second each time.
+    """
+    is_ours = not gc.get_freeze_count()  # else whoever froze it says for how long
+    if is_ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if is_ours:
+            gc.unfreeze()
 
 
 async def _show(report: SweepReport) -> None:
