@@ -49,11 +49,12 @@ def _draw(
     panels: list[tuple[str, list[dict[str, float]], tuple[str, ...]]], unit: str, path: Path
 ) -> None:
     from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure, all_axes = pyplot.subplots(
         1, len(panels), figsize=(5.5 * len(panels), 3.6), sharey=True, squeeze=False
     )
+    drawn = [point[line] for _, points, lines in panels for point in points for line in lines]
     for axes, (over, points, lines) in zip(all_axes[0], panels, strict=True):
         for line, style in zip(lines, STYLES, strict=False):
             axes.plot(
@@ -63,17 +64,22 @@ def _draw(
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(_in_short)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(over)
-        axes.set_ylim(bottom=0.5 * min(point[line] for point in points for line in lines))
+        axes.set_ylim(min(drawn) / 1.5, max(drawn) * 1.5)
         axes.grid(visible=True, alpha=0.3)
     all_axes[0][0].set_ylabel(unit)
     all_axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _in_short(value: float, _: object) -> str:
+    return f"{value / 1_000:g}k" if value >= 1_000 else f"{value:g}"
 
 
 if __name__ == "__main__":

@@ -196,6 +196,17 @@ async def test_slices_become_smaller_towards_the_end(
     assert taken.count(1) >= 2
 
 
+def test_what_is_handed_over_is_no_longer_to_come() -> None:
+    """A flow's next stretch of slices goes by what is left: it may be too few for two lanes."""
+    report = SweepReport(SweepRequest(asked_by="test"))
+    progress = judge.Progress(orphans=100)
+    for detected, left in ((30, 70), (80, 0)):  # in the end more than the look had counted
+        progress.detected = progress.marked = detected
+        progress.hand_over_to(report)
+        assert (progress.orphans, progress.detected, progress.marked) == (left, 0, 0)
+    assert (report.detected, report.recovered) == (110, 110)
+
+
 async def test_a_run_that_beats_after_the_statement_began_is_left_alone(
     db: Database, slices: Callable[..., None]
 ) -> None:
