@@ -44,7 +44,8 @@ class Api:
 
     def call(self, method: str, path: str, body: Any = None) -> httpx.Response:
         for _ in range(60):
-            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=60)
+            # One on SQLite may wait a whole minute for its own lock before it answers at all.
+            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=180)
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(0.5)  # its own database is busy; Prefect's clients wait and ask again too
@@ -91,7 +92,7 @@ class Api:
         run: dict[str, Any] = self.get(f"/flow_runs/{flow_run_id}")
         return run
 
-    def await_state(self, flow_run_id: Any, *types: str, seconds: float = 120) -> dict[str, Any]:
+    def await_state(self, flow_run_id: Any, *types: str, seconds: float = 240) -> dict[str, Any]:
         """The flow run once it has entered one of these types of state."""
         until(
             lambda: self.flow_run(flow_run_id)["state_type"] in types,

@@ -116,7 +116,7 @@ class Database:
         )
 
 
-def until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def until(holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
     """Return once ``holds`` does; fail loudly if it never does."""
     give_up_at = time.monotonic() + seconds
     while not holds():

@@ -238,6 +238,13 @@ def test_one_flow_run_asks_about_a_hold_and_later_ones_point_to_it(
     assert [a["approved_by"] for a in approvals(fleet, hold)] == ["Ada L., in Prefect's UI"]
     assert {fleet.status(run) for run in silent} == {"crashed"}
 
+    api.await_state(api.start("scheduled").json()["id"], "COMPLETED")
+    ended = fleet.one(
+        "SELECT ended_as FROM orphan_recovery.holds WHERE hold_id = %s", hold["hold_id"]
+    )
+    assert ended == "released"
+    assert api.flow_run(first["id"])["state_type"] == "COMPLETED", "there is nothing to withdraw"
+
 
 def test_a_question_that_somebody_cancelled_is_asked_anew(api: Api, fleet: Database) -> None:
     first = start_held(api)
@@ -312,6 +319,56 @@ def test_an_approval_after_the_fleet_came_back_releases_nothing_and_says_so(
         "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
     )
     assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
+
+
+@pytest.mark.parametrize("ending", ["released on the command line", "ended outside of Prefect"])
+def test_a_question_about_a_hold_that_has_ended_is_withdrawn_by_the_next_sweep(
+    api: Api, fleet: Database, client: dict[str, str], ending: str
+) -> None:
+    """Else it would stand there for days, answered or not."""
+    silent = in_flight(fleet)
+    held = start_held(api)
+    hold = open_hold(fleet)
+    here = {**client, "ORPHAN_RECOVERY_DATABASE_URL": fleet.url}
+    if ending == "released on the command line":
+        approving = ("orphan-recovery", "approve", str(hold["hold_id"]))
+        assert run(*approving, **here).returncode == 0
+        marking = api.await_state(api.start("scheduled").json()["id"], "COMPLETED")
+        assert {fleet.status(run) for run in silent} == {"crashed"}
+        until(lambda: "Finished in state" in str(api.logs(marking["id"])), "the end of its log")
+        assert "not withdrawn" not in str(api.logs(marking["id"]))
+        assert api.flow_run(held["id"])["state_name"] == "Held", "its hold may stand for more"
+        how = "a person released it and its runs were marked"
+    else:
+        come_back(fleet)
+        assert run("orphan-recovery", "sweep", **here).returncode == 0
+        how = "its fleet has recovered"
+    looking = api.start("scheduled", dry_run=True).json()
+    api.await_state(looking["id"], "COMPLETED")
+    assert api.flow_run(held["id"])["state_name"] == "Held", "a dry run writes nothing"
+
+    sweeping = api.await_state(api.start("scheduled").json()["id"], *ENDS)
+    assert sweeping["state_type"] == "COMPLETED"
+    withdrawn = api.flow_run(held["id"])
+    assert withdrawn["state_type"] == "CANCELLED"
+    assert withdrawn["state"]["message"] == (
+        f"no answer is needed any more: hold {hold['hold_id']} has ended, since {how}"
+    )
+    told = f"flow run {held['name']} is cancelled: no answer is needed any more"
+    until(lambda: any(told in line for line in api.logs(sweeping["id"])), "the log's word")
+    assert resume(api, held, YES)["status"] == "ABORT"
+
+
+async def test_a_sweep_that_cannot_withdraw_a_question_ends_well_all_the_same(
+    api: Api, db: Database, prefect: str
+) -> None:
+    [orphan] = db.add_orphans(1)
+    db.do("ALTER TABLE orphan_recovery.holds RENAME COLUMN ended_as TO ended_otherwise")
+    state = await sweep(api)
+    assert state.is_completed()
+    assert db.status(orphan) == "crashed"
+    told = "questions about ended holds were not withdrawn: UndefinedColumn: "
+    until(lambda: any(told in line for line in api.logs(flow_run_of(state))), "the log's word")
 
 
 async def test_a_flow_run_that_nobody_can_resume_fails_by_the_name_of_held(

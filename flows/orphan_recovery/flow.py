@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from orphan_recovery.database import address, describe, make_engine
 from orphan_recovery.doubt import Doubt
 from orphan_recovery.flow_hold import (
+    ASKED_FOR,
     HELD,
     MARK_THEM,
     Answer,
@@ -34,6 +35,7 @@ from orphan_recovery.flow_hold import (
     tell_of_hold,
     undelivered_answers,
     who_asks,
+    withdraw_questions,
 )
 from orphan_recovery.flow_tasks import (
     decide,
@@ -47,7 +49,7 @@ from orphan_recovery.flow_tasks import (
     summarise,
     unseen,
 )
-from orphan_recovery.hold import Decision, approve, is_open
+from orphan_recovery.hold import Decision, approve, ended_holds, is_open
 from orphan_recovery.judge import Progress
 from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
@@ -207,6 +209,21 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error.__cause__ or error)
+    else:
+        await _withdraw_questions(engine, request)
+
+
+async def _withdraw_questions(engine: AsyncEngine, request: SweepRequest) -> None:
+    """Nobody is to be asked about what is settled; where that fails, the next sweep does it."""
+    if request.dry_run:
+        return
+    try:
+        async with in_transaction(engine) as connection:
+            ended = await ended_holds(connection, within=ASKED_FOR)
+        await withdraw_questions(ended)
+    except Exception as error:
+        told = describe(error.__cause__ or error)
+        get_run_logger().warning("questions about ended holds were not withdrawn: %s", told)
 
 
 async def _look_again(engine: AsyncEngine, report: SweepReport, look: Look, doubt: Doubt) -> Look:

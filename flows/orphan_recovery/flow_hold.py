@@ -3,7 +3,8 @@
 The hazard is a question that nobody hears, or that stops everything else. So the first flow run
 that stops at a hold is suspended and asks: its process ends, it keeps no place from the next
 sweep, and resuming it shows what was seen. Those that stop there later end Failed, by the name
-Held, and ask nobody twice; and an answer that Prefect did not deliver is heeded by the next sweep.
+Held, and ask nobody twice; an answer that Prefect did not deliver is heeded by the next sweep, and
+a question that has become needless is withdrawn by it.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -11,7 +12,7 @@ from datetime import timedelta
 from typing import Any, Final, Literal
 from uuid import UUID
 
-from prefect import get_client
+from prefect import get_client, get_run_logger
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -26,6 +27,7 @@ from prefect.exceptions import Pause
 from prefect.flow_runs import asuspend_flow_run
 from prefect.input import RunInput, keyset_from_base_key
 from prefect.input.actions import adelete_flow_run_input, aread_flow_run_input
+from prefect.states import Cancelled
 from pydantic import Field
 
 from orphan_recovery.hold import APPROVED_FOR
@@ -38,6 +40,11 @@ ASKED_FOR: Final = timedelta(days=7)
 """How long a held flow run can be resumed; the hold itself stays open for as long as it lasts."""
 MARK_THEM: Final = "mark them crashed"
 LEAVE_THEM: Final = "leave them alone"
+_ENDED: Final = {
+    "released": "a person released it and its runs were marked",
+    "recovered": "its fleet has recovered",
+}
+"""In the ledger's word and in ours."""
 _KEY: Final = "hold"
 _RESPONSE: Final = keyset_from_base_key(f"suspended-{_KEY}")["response"]
 """Where Prefect keeps what was answered."""
@@ -84,7 +91,7 @@ async def who_asks(report: SweepReport) -> str | None:
     async with get_client() as client:
         # One that has been resumed is on its way to heed the answer.
         living = (StateType.PAUSED, StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
-        found = await _tagged(client, tag, *living)
+        found = await _tagged(client, [tag], *living)
     return next((run.name for run in found if this is None or run.id != this.id), None)
 
 
@@ -136,11 +143,28 @@ async def undelivered_answers(
     """
     async with get_client() as client:
         for hold_id in hold_ids:
-            for run in await _tagged(client, _tag(hold_id), StateType.CANCELLED):
+            for run in await _tagged(client, [_tag(hold_id)], StateType.CANCELLED):
                 told = await aread_flow_run_input(_RESPONSE, flow_run_id=run.id)
                 if told:
                     yield hold_id, Answer(**told)
                     await adelete_flow_run_input(_RESPONSE, flow_run_id=run.id)
+
+
+async def withdraw_questions(ended: dict[UUID, str]) -> None:
+    """Cancel the flow runs that still ask about holds that have ended.
+
+    Args:
+        ended: such holds, and as what each ended, by the ledger's word.
+    """
+    if not ended:
+        return
+    by_tag = {_tag(hold_id): how for hold_id, how in ended.items()}
+    async with get_client() as client:
+        for run in await _tagged(client, list(by_tag), StateType.PAUSED):
+            tag = next(tag for tag in run.tags if tag in by_tag)
+            told = f"no answer is needed any more: {tag} has ended, since {_ENDED[by_tag[tag]]}"
+            await client.set_flow_run_state(run.id, Cancelled(message=told), force=True)
+            get_run_logger().info("flow run %s is cancelled: %s", run.name, told)
 
 
 def _this_run() -> FlowRun | None:
@@ -162,9 +186,10 @@ def _hold_of(run: FlowRun) -> UUID | None:
     return UUID(named[0]) if named else None
 
 
-async def _tagged(client: PrefectClient, tag: str, *types: StateType) -> list[FlowRun]:
+async def _tagged(client: PrefectClient, tags: list[str], *types: StateType) -> list[FlowRun]:
+    """The flow runs in one of these types of state that have one of these tags."""
     state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
-    wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=state)
+    wanted = FlowRunFilter(tags=FlowRunFilterTags(any_=tags), state=state)
     return await client.read_flow_runs(flow_run_filter=wanted)
 
 

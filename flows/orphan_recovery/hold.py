@@ -212,6 +212,14 @@ async def is_open(db: Executor, hold_id: UUID) -> bool:
     return (await db.execute(statement)).first() is not None
 
 
+async def ended_holds(db: Executor, within: timedelta) -> dict[UUID, str]:
+    """As what each hold in the ledger ended that did so within so long. Reads only."""
+    statement = select(holds.c.hold_id, holds.c.ended_as).where(
+        holds.c.ended_at > _NOW - literal(within, Span)
+    )
+    return {row.hold_id: row.ended_as for row in await db.execute(statement)}
+
+
 async def _open(
     db: Executor,
     request: SweepRequest,
