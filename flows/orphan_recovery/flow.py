@@ -10,6 +10,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -21,7 +22,8 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery.database import address, describe, make_engine
+from orphan_recovery.attempt import in_transaction
+from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.doubt import Doubt
 from orphan_recovery.flow_hold import (
     ASKED_FOR,
@@ -40,7 +42,7 @@ from orphan_recovery.flow_hold import (
 from orphan_recovery.flow_tasks import (
     decide,
     detect,
-    in_transaction,
+    errors_in_a_line,
     look_again,
     mark,
     mark_pages,
@@ -169,18 +171,19 @@ async def _heed(engine: AsyncEngine, hold_id: UUID | None, answer: Answer) -> st
             "the answer was not heeded, for this flow run has lost the tag that names its hold: "
             "release it with `orphan-recovery approve`"
         )
-    async with in_transaction(engine) as connection:
-        if not await is_open(connection, hold_id):
-            return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
-        if answer.decision != MARK_THEM:
-            return f"hold {hold_id} was looked at by {answer.your_name} and not released"
-        await approve(
-            connection,
-            str(hold_id),
-            by=f"{answer.your_name}, in Prefect's UI",
-            lasting=timedelta(minutes=answer.for_minutes),
-            note=answer.note or None,
-        )
+    with errors_in_a_line():
+        async with transaction(engine) as connection:
+            if not await is_open(connection, hold_id):
+                return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
+            if answer.decision != MARK_THEM:
+                return f"hold {hold_id} was looked at by {answer.your_name} and not released"
+            await approve(
+                connection,
+                str(hold_id),
+                by=f"{answer.your_name}, in Prefect's UI",
+                lasting=timedelta(minutes=answer.for_minutes),
+                note=answer.note or None,
+            )
     get_run_logger().warning("hold %s was released by %s", hold_id, answer.your_name)
     return None
 
@@ -218,8 +221,7 @@ async def _withdraw_questions(engine: AsyncEngine, request: SweepRequest) -> Non
     if request.dry_run:
         return
     try:
-        async with in_transaction(engine) as connection:
-            ended = await ended_holds(connection, within=ASKED_FOR)
+        ended = await in_transaction(engine, partial(ended_holds, within=ASKED_FOR))
         await withdraw_questions(ended)
     except Exception as error:
         told = describe(error.__cause__ or error)
@@ -241,17 +243,13 @@ async def _look_again(engine: AsyncEngine, report: SweepReport, look: Look, doub
     return await _look_again(engine, report, again, again.doubt)
 
 
-async def _is_sliceable(engine: AsyncEngine, request: SweepRequest) -> bool:
-    async with in_transaction(engine) as connection:
-        return await is_sliceable(connection, request)
-
-
 async def _mark_many(
     engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
 ) -> None:
     """Thousands at a time: a task run for each would outlast the sweep by far."""
     request, number = report.request, 0
-    progress, by_slices = Progress(orphans=decision.orphans), await _is_sliceable(engine, request)
+    progress = Progress(orphans=decision.orphans)
+    by_slices = await in_transaction(engine, partial(is_sliceable, request=request))
     while by_slices and not progress.is_through:
         number += 1
         stretch = mark_slices.with_options(task_run_name=f"mark-slices-{number}")

@@ -161,7 +161,7 @@ async def withdraw_questions(ended: dict[UUID, str]) -> None:
     by_tag = {_tag(hold_id): how for hold_id, how in ended.items()}
     async with get_client() as client:
         for run in await _tagged(client, list(by_tag), StateType.PAUSED):
-            tag = next(tag for tag in run.tags if tag in by_tag)
+            [tag] = by_tag.keys() & set(run.tags)  # it can ask but once
             told = f"no answer is needed any more: {tag} has ended, since {_ENDED[by_tag[tag]]}"
             await client.set_flow_run_state(run.id, Cancelled(message=told), force=True)
             get_run_logger().info("flow run %s is cancelled: %s", run.name, told)

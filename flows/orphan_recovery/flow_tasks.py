@@ -72,6 +72,7 @@ class DatabaseError(RuntimeError):
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
+    """Raise what the database raises as a :class:`DatabaseError`."""
     try:
         yield
     except DBAPIError as error:  # its own text is the whole statement
@@ -79,7 +80,7 @@ def errors_in_a_line() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def in_transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     with errors_in_a_line():
         async with transaction(engine) as connection:
             yield connection
@@ -102,14 +103,14 @@ async def look_again(engine: AsyncEngine, request: SweepRequest, look: Look) -> 
 @task(name="decide", task_run_name="decide", **_RETRIED)
 async def decide(engine: AsyncEngine, report: SweepReport, look: Look) -> Decision:
     """Hold what looks like too much of the fleet; close what has recovered."""
-    async with in_transaction(engine) as connection:
+    async with _transaction(engine) as connection:
         return await decide_on(connection, report, look)
 
 
 @task(name="detect", task_run_name="detect", **_RETRIED)
 async def detect(engine: AsyncEngine, request: SweepRequest, decision: Decision) -> quote:
     """Find the orphans that may be marked, and quote the list of them; reads only."""
-    async with in_transaction(engine) as connection:
+    async with _transaction(engine) as connection:
         return quote(await detect_orphans(connection, request, among=decision.among))
 
 
@@ -170,5 +171,5 @@ async def summarise(
     engine: AsyncEngine, report: SweepReport, failed: list[Verdict], decision: Decision | None
 ) -> list[Verdict]:
     """Settle what failed, and close the sweep in the ledger."""
-    async with in_transaction(engine) as connection:
+    async with _transaction(engine) as connection:
         return await finish(connection, report, failed, decision)
