@@ -11,7 +11,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from sqlalchemy import make_url
 
-from orphan_recovery.doctor import Finding, Level, examine
+from orphan_recovery.doctor import examine
+from orphan_recovery.finding import Finding, Level
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest

@@ -20,7 +20,8 @@ from conftest import _database
 from orphan_recovery import get_crash_recovery_summary, recover_orphaned_runs
 from orphan_recovery.catalog import look_up
 from orphan_recovery.database import database_url
-from orphan_recovery.doctor import Level, examine
+from orphan_recovery.doctor import examine
+from orphan_recovery.finding import Level
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest

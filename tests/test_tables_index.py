@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import orphans
-from orphan_recovery.doctor import explain
+from orphan_recovery.doctor_table import explain
 from orphan_recovery.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database

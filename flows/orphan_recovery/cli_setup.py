@@ -89,7 +89,8 @@ def doctor(target: TargetName = None, as_json: AsJson = False) -> None:
 
     Exit code 1 if anything is a failure.
     """
-    from orphan_recovery.doctor import Level, examine
+    from orphan_recovery.doctor import examine
+    from orphan_recovery.finding import Level
 
     findings = asyncio.run(examine(find_target(target)))
     if as_json:

@@ -56,7 +56,7 @@ def undoing(connection: Connection, runs: RunsTable) -> list[Change]:
             drop = _sql("DROP INDEX {}", _qualified(runs.relation.schema, name))
             undone.append(Change(f"drop index {name}", (drop,)))
     if _trigger_argument(connection, runs.relation) is not None:
-        drop = _sql("DROP TRIGGER {} ON {}", sql.Identifier(TRUTH_TRIGGER), _table(runs))
+        drop = _drop_trigger(runs)
         undone.append(Change("drop the truth trigger", (drop,)))
     return undone
 
@@ -149,6 +149,15 @@ def written_columns(runs: RunsTable) -> list[str]:
 def truth_trigger_is_there(connection: Connection, runs: RunsTable) -> bool:
     """Whether the truth trigger guards the table, as the target describes it now, and fires."""
     return _trigger_argument(connection, runs.relation) == _truth_argument(runs)
+
+
+def drop_truth_trigger(runs: RunsTable) -> str:
+    """The statement that takes the truth trigger off the table."""
+    return _drop_trigger(runs).as_string(None)
+
+
+def _drop_trigger(runs: RunsTable) -> sql.Composed:
+    return _sql("DROP TRIGGER {} ON {}", sql.Identifier(TRUTH_TRIGGER), _table(runs))
 
 
 def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:

@@ -196,7 +196,8 @@ def _elsewhere(
     latest = func.max(as_utc(rows.c.last_seen, last_seen), type_=_AWARE).label("seen_at")
     heard = select(latest).where(whose == our_key).correlate(table)
     of_run = heard.lateral(f"orphan_recovery_{key}")
-    return Kept(times, our_key, their_key, last_seen, of_run)
+    unlike = None if alike else (ours.declared, theirs.declared)
+    return Kept(times, our_key, their_key, last_seen, of_run, unlike)
 
 
 def _any_column(

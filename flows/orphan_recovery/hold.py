@@ -188,7 +188,7 @@ async def approve(
         told = f"{'no' if not found else 'more than one'} open hold begins with {hold!r}"
         raise ConfigurationError(
             f"{told if asked else 'name a hold'}; open are: {there}. One that is closed needs no "
-            "approval: its fleet has recovered"
+            "approval: its fleet has recovered, or it was released and its runs are marked"
         )
     released = (
         insert(approvals)

@@ -59,11 +59,12 @@ async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[st
         more) and ``failed``; ``runs``, a list of at most 1,000 with outcome and evidence,
         failures first; ``error``, None or what stopped the sweep before its end, such as a
         database that cannot be reached. Further: ``target, dry_run, sweep_id, threshold_minutes,
-        outcomes, in_flight, undatable, ahead, exempt, held, hold, looked_twice, postponed,
-        seen_by, message``; ``held`` is how many runs it did not dare to mark, by the hold
-        ``hold``; ``looked_twice`` and ``postponed`` why it looked a second time, or left what has
-        beaten to the next sweep, or None; ``seen_by`` None, or the id of the sweep that looked in
-        this one's place: what was marked is in its report.
+        outcomes, in_flight, undatable, ahead, exempt, held, hold, silent_workers, looked_twice,
+        postponed, seen_by, message``; ``held`` is how many runs it did not dare to mark, by the
+        hold ``hold``, and ``silent_workers`` up to ten of the workers that look dead there;
+        ``looked_twice`` and ``postponed`` why it looked a second time, or left what has beaten to
+        the next sweep, or None; ``seen_by`` None, or the id of the sweep that looked in this one's
+        place: what was marked is in its report.
         With recovery switched off, ``enabled`` is False and the database is not touched.
 
     Raises:

@@ -44,6 +44,11 @@ class Held:
             f"{saw['silent_since']}"
         )
 
+    @property
+    def silent(self) -> list[str]:
+        """Up to ten of the workers that looked dead; of the runs, where no worker is kept."""
+        return list(self.evidence["some_silent_workers"])
+
 
 @dataclass(slots=True)
 class SweepReport:
@@ -167,8 +172,9 @@ class SweepReport:
             told += f", as sweep {self.seen_by} left them" if self.seen_by else ""
         told += ")"
         if self.held:
+            some = some_of(self.held.silent[:3], self.held.evidence["silent_workers"])
             told = (
-                f"HELD: {self.held.in_words()}, {_runs(self.held.runs)} not marked (hold "
+                f"HELD: {self.held.in_words()}{some}, {_runs(self.held.runs)} not marked (hold "
                 f"{self.held.hold_id}); {told}"
             )
         if self.error and self.fleet is None:
@@ -206,10 +212,12 @@ class SweepReport:
                 "doctor` names some"
             )
         if self.fleet.ahead:
-            workers = ", ".join(self.fleet.ahead_workers) or "no worker named"
+            named = self.fleet.ahead_workers
+            workers = f"worker {', '.join(named)}" if named else "whoever wrote it"
             found.append(
                 f"{self.fleet.ahead} in flight with a sign of life in the database's future "
-                f"cannot be judged; check the clock of {workers}, and let workers beat with now()"
+                f"cannot be judged; check the clock of {workers}, and let workers beat with now(), "
+                "in UTC where the column has no time zone"
             )
         return found
 
@@ -229,9 +237,11 @@ class SweepReport:
             steps.append(hint)
         if self.held:
             target = self.request.target.name
+            some = some_of(self.held.silent, self.held.evidence["silent_workers"])
             steps.append(
-                "See whether those workers live: look at their hosts, their network, and the "
-                "database they beat to. If they are dead, release their runs with "
+                f"See whether those workers live{some}: look at "
+                "their hosts, their network, and the database they beat to. If they are dead, "
+                "release their runs with "
                 f"`orphan-recovery approve {self.held.hold_id} --target {target}`, or by resuming "
                 "the held flow run in Prefect's UI; the next sweep marks them. If they live, do "
                 "nothing: the hold is closed by the first sweep that hears of them."
@@ -268,6 +278,7 @@ class SweepReport:
             "exempt": self.fleet.exempt if self.fleet else None,
             "held": self.held.runs if self.held else 0,
             "hold": str(self.held.hold_id) if self.held else None,
+            "silent_workers": self.held.silent if self.held else [],
             "looked_twice": self.looked_twice,
             "postponed": self.postponed,
             "seen_by": str(self.seen_by) if self.seen_by else None,
@@ -351,6 +362,14 @@ def span(length: timedelta) -> str:
     parts = [("d", seconds // 86_400), ("h", seconds // 3_600 % 24), ("min", seconds // 60 % 60)]
     told = [f"{number} {unit}" for unit, number in (*parts, ("s", seconds % 60)) if number]
     return " ".join(told[:2])
+
+
+def some_of(names: list[str], count: int) -> str:
+    """Some of ``count`` by name, and how many more there are, in brackets; or nothing."""
+    if not names:
+        return ""
+    more = count - len(names)
+    return f" ({', '.join(names)}{f' and {more} more' if more > 0 else ''})"
 
 
 def _runs(count: int) -> str:

@@ -66,6 +66,8 @@ class Kept:
     last_seen: ColumnFacts
     latest: LateralFromClause
     """The latest one of each run, as ``seen_at``."""
+    unlike: tuple[str, str] | None
+    """The types of the two keys, where they differ and are compared as texts; else None."""
 
 
 @dataclass(frozen=True, eq=False)
