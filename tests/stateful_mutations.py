@@ -17,7 +17,7 @@ from psycopg import sql
 from sqlalchemy import Select, Table, Update, cast, false, literal, select, true
 from sqlalchemy.dialects.postgresql import TIMESTAMP, Insert, insert
 
-from orphan_recovery import condemn, detect, hold, ledger, mark, record, runs, sweep, turn
+from orphan_recovery import condemn, detect, hold, ledger, mark, miss, record, runs, sweep, turn
 from orphan_recovery.alive import beat, write
 from orphan_recovery.detect import Silence
 from stateful_world import LEDGER, LONG_BEFORE
@@ -187,7 +187,7 @@ MARK: dict[str, Mutation] = {
     ),
     "a mark without a lock": _to(mark, "select", _Unlocked),
     "a mark that forgets its own verdict": _instead(
-        mark, "_outcome_of_miss", lambda whole, row: whole({**row, "own_outcome": None})
+        miss, "_outcome_of_miss", lambda whole, row: whole({**row, "own_outcome": None})
     ),
     "a mark by a client's clock": _to(mark, "_NOW", literal(datetime.now(UTC))),
     "a naive time that is not read as UTC": _instead(runs, "as_utc", _naive),

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, literal, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from alive.proxy import Proxy
@@ -35,9 +35,11 @@ from lock_support import (
 from orphan_recovery import ConfigurationError
 from orphan_recovery.alive import LostBy, claim, keep_alive
 from orphan_recovery.alive.lock import Locks
+from orphan_recovery.catalog import Relation
 from orphan_recovery.mark import mark_one
 from orphan_recovery.record import note_direct_call
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.runs import lock_key
 from orphan_recovery.target import Target
 from orphan_recovery.verdict import Outcome
 from support import Database, until
@@ -650,3 +652,9 @@ async def test_a_table_without_workers_has_locks_for_runs_only(
     with pytest.raises(ConfigurationError, match=r"no column for worker_id.*lock = \"run\""):
         async with keep_alive("1", worker_id="w", target="jobs"):
             pass
+
+
+def test_the_key_of_a_lock_goes_by_the_bytes_of_a_name() -> None:
+    """By a collation that takes two texts for one, such as ICU's, a hash would be another."""
+    relation = Relation(0, "public", "jobs", "r", {}, (), {}, False)
+    assert 'COLLATE "C"' in str(select(lock_key(relation, literal("w"))).compile())

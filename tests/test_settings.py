@@ -97,6 +97,7 @@ def test_a_password_is_never_shown(text: str) -> None:
         ({"limit": 0}, "limit is 0"),
         ({"limit": -1}, "limit is -1"),
         ({"reason": ""}, "reason is ''"),
+        ({"reason": "half a \ud83d"}, "reason is 'half a "),
     ],
 )
 def test_a_bad_request_is_refused_by_name(asked: dict[str, object], message: str) -> None:

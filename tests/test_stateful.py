@@ -44,6 +44,7 @@ from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.describe import runs_table
 from orphan_recovery.log import logger
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.seen import snapshots
 from stateful_deeds import WAITING, Found
 from stateful_machine import Machine
 from stateful_mutations import IN_CODE, IN_DATABASE, TRUTH
@@ -187,7 +188,7 @@ async def test_there_is_a_mutation_for_each_guard(db: Database, engine: AsyncEng
     asked = SweepRequest(asked_by="test")
     async with engine.connect() as connection:
         table = await runs_table(connection, asked.target)
-    of_mark = mark.guards(table, asked, mark._snapshots())
+    of_mark = mark.guards(table, asked, snapshots())
     wanted = {f"a mark without: {guard}" for guard in of_mark}
     for what in ("beat", "result"):
         guards = beat.guards(table, literal("worker-1"))

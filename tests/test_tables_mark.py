@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 from typing import LiteralString
 
@@ -27,7 +28,18 @@ from orphan_recovery.sweep import begin, tell_of
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from support import Database
-from tables_support import add, configure, do, look, outcome_of, request, simple, statuses, sweep
+from tables_support import (
+    add,
+    configure,
+    do,
+    look,
+    outcome_of,
+    request,
+    set_for_all,
+    simple,
+    statuses,
+    sweep,
+)
 
 
 @pytest.mark.parametrize(
@@ -315,3 +327,56 @@ async def test_a_snapshot_of_another_target_is_marked_in_that_targets_table(
     async with AsyncSession(engine) as session:
         with pytest.raises(ConfigurationError, match="no target 'unheard of'"):
             await mark_run_as_crashed(session, unknown)
+
+
+@pytest.mark.parametrize("limit", [None, 10], ids=["slices", "pages"])
+async def test_a_server_that_reads_no_null_in_an_array_hides_no_orphan(
+    blank: Database, limit: int | None
+) -> None:
+    target = simple(blank)
+    add(blank, "nobody's", worker=None)
+    set_for_all(blank, "array_nulls = off")
+    report = await sweep(target, limit=limit)
+    assert (report.recovered, report.skipped, report.failed) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("limit", [None, 10], ids=["slices", "pages"])
+async def test_a_key_comes_back_as_it_went_however_the_server_shows_numbers(
+    blank: Database, limit: int | None
+) -> None:
+    blank.do(
+        "CREATE TABLE jobs (id float8 PRIMARY KEY, status text NOT NULL, created_at timestamptz)"
+    )
+    blank.do(
+        "INSERT INTO jobs SELECT 0.1::float8 * n, 'running', now() - interval '2 hours'"
+        " FROM generate_series(1, 9) AS n"
+    )
+    target = Target(name="jobs", table="jobs")
+    migrate(target)
+    set_for_all(blank, "extra_float_digits = 0")
+    report = await asyncio.wait_for(sweep(target, limit=limit), 60)
+    assert (report.recovered, report.skipped, report.failed) == (9, 0, 0)
+
+
+async def test_a_role_with_an_encoding_of_its_own_reads_texts_all_the_same(
+    blank: Database,
+) -> None:
+    target = simple(blank)
+    add(blank, "läuft")
+    set_for_all(blank, "client_encoding = 'SQL_ASCII'")
+    assert (await sweep(target)).recovered == 2
+    assert sorted(blank.outcomes()) == ["läuft", "run"]
+
+
+async def test_a_run_that_was_tried_again_in_place_and_ended_was_marked_by_nobody(
+    blank: Database, engine: AsyncEngine
+) -> None:
+    """Its crash of before is none of this one, though both read alike."""
+    target = simple(blank, crashed="failed", terminal=("completed", "failed"))
+    assert (await sweep(target)).recovered == 1
+    blank.do("UPDATE jobs SET status = 'running', worker_id = 'again', heartbeat_at = now()")
+    blank.do("SELECT pg_sleep(0.5)")
+    asked = request(target, worker="again", returned=timedelta(seconds=0.3))
+    [run] = await look(engine, asked)
+    blank.do("UPDATE jobs SET status = 'failed'")
+    assert await outcome_of(engine, asked, run) == "finished_first"

@@ -52,6 +52,11 @@ async def test_what_is_no_table_is_refused_by_its_kind(
         ),
         ("id int PRIMARY KEY", {"release": ("slot",)}, "release is 'slot', but table"),
         ("id int PRIMARY KEY, slot int NOT NULL", {"release": ("slot",)}, "release.*'slot'.*NULL"),
+        (
+            "id int PRIMARY KEY, slot int GENERATED ALWAYS AS (1) STORED",
+            {"release": ("slot",)},
+            "release has 'slot', which is generated",
+        ),
     ],
 )
 def test_a_table_that_does_not_fit_its_description_is_refused(

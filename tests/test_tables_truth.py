@@ -6,6 +6,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from orphan_recovery import ConfigurationError
 from orphan_recovery.migrate import migrate, unmigrate
 from orphan_recovery.target import Columns, Target
 from support import Database
@@ -110,3 +111,61 @@ def triggers(blank: Database) -> list[str]:
         " JOIN pg_class c ON c.oid = t.tgrelid WHERE NOT tgisinternal AND relname LIKE 'L%'"
     )
     return [row["told"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "running", "done", "crashed", "late"),
+    [
+        ("numeric(4, 1)", "1", "2", "3", "1.0"),
+        ("boolean", "f", "t", "t", "false"),
+    ],
+)
+def test_the_truth_trigger_compares_as_the_column_does(
+    blank: Database,
+    kind: LiteralString,
+    running: str,
+    done: str,
+    crashed: str,
+    late: LiteralString,
+) -> None:
+    """``2`` is ``2.0`` there, and ``t`` is ``true``."""
+    blank.do(
+        "CREATE TABLE jobs (id text PRIMARY KEY, status " + kind + " NOT NULL,"
+        " created_at timestamptz)"
+    )
+    target = Target(
+        name="jobs",
+        table="jobs",
+        in_flight=(running,),
+        terminal=tuple(dict.fromkeys((done, crashed))),
+        crashed=crashed,
+        truth_trigger=True,
+    )
+    migrate(target)
+    do(blank, sql.SQL("INSERT INTO jobs VALUES ('run', {}, now())").format(done))
+    with pytest.raises(psycopg.errors.RaiseException, match="TRUTH_VIOLATION: run run is"):
+        blank.do("UPDATE jobs SET status = " + late)
+
+
+def test_a_truth_trigger_that_fires_on_a_replica_alone_is_none(blank: Database) -> None:
+    odd(blank)
+    migrate(ODD_TARGET)
+    blank.do('ALTER TABLE "a.b"."Läufe %s" ENABLE REPLICA TRIGGER prevent_worker_run_mutation')
+    assert migrate(ODD_TARGET).done == ("the truth trigger: a terminal row never changes again",)
+    with pytest.raises(psycopg.errors.RaiseException, match="TRUTH_VIOLATION"):
+        blank.do('DELETE FROM "a.b"."Läufe %s" WHERE "n\'r" = 3')
+
+
+def test_a_trigger_of_that_name_that_is_anothers_is_not_replaced(blank: Database) -> None:
+    odd(blank)
+    blank.do(
+        "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$"
+    )
+    blank.do(
+        'CREATE TRIGGER prevent_worker_run_mutation BEFORE UPDATE ON "a.b"."Läufe %s"'
+        " FOR EACH ROW EXECUTE FUNCTION theirs()"
+    )
+    before = triggers(blank)
+    with pytest.raises(ConfigurationError, match=r"of its own, which calls theirs\(\)"):
+        migrate(ODD_TARGET)
+    assert triggers(blank) == before

@@ -77,6 +77,10 @@ class Relation:
     shows_places: bool
     """Whether a row can be told by its place, ``ctid``: the table is one heap without parts or
     children, and this role may read it."""
+    hides_rows: bool = False
+    """Whether row security may keep rows from this role: it is active, and no policy shows all."""
+    stamp: str = ""
+    """Another one once the table, or a column of it, is not as it was."""
 
     @property
     def is_table(self) -> bool:
@@ -99,12 +103,30 @@ _KINDS: Final = {
     "c": "composite type",
 }
 
+_STAMP: Final = """
+    concat_ws(' ', c.oid, c.xmin, (SELECT sum(a.xmin::text::bigint) FROM pg_attribute AS a
+                                   WHERE a.attrelid = c.oid AND a.attnum > 0))
+"""
+_NAMED: Final = """
+    to_regclass(CASE WHEN CAST(:schema AS text) IS NULL THEN format('%I', CAST(:name AS text))
+                     ELSE format('%I.%I', CAST(:schema AS text), CAST(:name AS text)) END)
+"""
+_STAMPED: Final = text(f"SELECT {_STAMP} FROM pg_class AS c WHERE c.oid = {_NAMED}")  # noqa: S608
 _RELATION: Final = text(
-    """
+    f"""
     SELECT c.oid, n.nspname, c.relname, c.relkind::text AS kind,
            -- A heap has one ctid a row (column -1); a table with children, one a row in each.
            NOT c.relhassubclass AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'heap')
                AND has_column_privilege(c.oid, (-1)::smallint, 'SELECT') AS shows_places,
+           row_security_active(c.oid) AND NOT (
+               SELECT coalesce(bool_or(p.polpermissive AND p.shows_all), false)
+                      AND coalesce(bool_and(p.shows_all OR p.polpermissive), true)
+               FROM (SELECT polpermissive, pg_get_expr(polqual, polrelid) = 'true' AS shows_all
+                     FROM pg_policy
+                     WHERE polrelid = c.oid AND polcmd IN ('r', '*') AND EXISTS (
+                         SELECT FROM unnest(polroles) AS member (role)
+                         WHERE role = 0 OR pg_has_role(role, 'USAGE'))) AS p) AS hides_rows,
+           {_STAMP} AS stamp,
            (SELECT coalesce(jsonb_agg(
                        jsonb_build_array(a.attname, pg_get_expr(k.conbin, k.conrelid))
                        ORDER BY k.conname), '[]')
@@ -147,10 +169,8 @@ _RELATION: Final = text(
                                 ORDER BY e.enumsortorder)) ORDER BY attnum), '[]')
             FROM layer WHERE typtype <> 'd') AS columns
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE c.oid = to_regclass(
-        CASE WHEN CAST(:schema AS text) IS NULL THEN format('%I', CAST(:name AS text))
-             ELSE format('%I.%I', CAST(:schema AS text), CAST(:name AS text)) END)
-    """
+    WHERE c.oid = {_NAMED}
+    """  # noqa: S608 - of constants
 )
 
 
@@ -178,7 +198,15 @@ def look_up(connection: Connection, schema: str | None, name: str) -> Relation |
         unique=tuple(frozenset(columns) for columns in found["unique_sets"] if columns),
         checks=checks,
         shows_places=found["shows_places"],
+        hides_rows=found["hides_rows"],
+        stamp=found["stamp"],
     )
+
+
+def stamp_of(connection: Connection, schema: str | None, name: str) -> str | None:
+    """The stamp of the relation of that name, as it is now; None if there is none. Reads only."""
+    found: str | None = connection.scalar(_STAMPED, {"schema": schema, "name": name})
+    return found
 
 
 def similar(connection: Connection, name: str) -> list[str]:

@@ -2,9 +2,10 @@
 
 The hazard is a mark without its evidence, or evidence of a mark that never was. So the ledger's
 row is made from what the update returned, in the same statement, and from the row as it was
-under its lock.
+under its lock; and a mark that a trigger of the table took back is none.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import CTE, ColumnElement, Insert, Text, cast, func, insert, literal, null, update
@@ -21,6 +22,19 @@ EVIDENCE: Final = ("status", "sign_of_life", "evidence", "threshold", "rule")
 _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
 
+class UndoneError(RuntimeError):
+    """A trigger of the table put runs back in flight while they were marked.
+
+    The transaction is to be rolled back: what else the mark wrote would stay.
+    """
+
+    def __init__(self, run_ids: Sequence[str]) -> None:
+        super().__init__(
+            f"a trigger of the table put {', '.join(map(repr, run_ids))} back in flight while it "
+            "was marked: let it pass a row that becomes crashed"
+        )
+
+
 def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, Insert]:
     """Mark the rows of ``locked`` as crashed, and record it. Nothing is executed here.
 
@@ -32,8 +46,9 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
             ``reason``, and the columns of ``WHOSE`` and ``EVIDENCE``, in the row's own words.
 
     Returns:
-        What was marked; and the statement, which has that and ``locked`` in it, and returns
-        nothing yet.
+        What was updated, and whether it ``stands``, or was put back in flight by a trigger: then
+        all is to be rolled back; and the statement, which has that and ``locked`` in it, and
+        returns nothing yet.
     """
     marked = (
         update(table.table)
@@ -43,7 +58,8 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
         .values(_crash(table, request, locked))
         .returning(
             # As it was before: the mark may have released its worker.
-            *(locked.c[name] for name in ("run_id", "reason", *EVIDENCE, *WHOSE))
+            *(locked.c[name] for name in ("run_id", "reason", *EVIDENCE, *WHOSE)),
+            table.in_flight.is_not(True).label("stands"),  # the row as it is now
         )
         .cte("orphan_recovery_marked")
     )

@@ -188,6 +188,7 @@ def make_engine(url: URL) -> AsyncEngine:
         connect_args={
             "application_name": "orphan-recovery",
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "client_encoding": "utf8",  # whatever the role's own: else texts may come as bytes
             # A connection whose other end is gone is told within about half a minute.
             "keepalives_idle": 15,
             "keepalives_interval": 5,
@@ -200,8 +201,9 @@ def make_engine(url: URL) -> AsyncEngine:
     )
 
 
-# No parallel workers: a sweep is a guest on the server, and fifty may look at once. And the driver
-# reads times and spans in these styles only.
+# No parallel workers: a sweep is a guest on the server, and fifty may look at once. The driver
+# reads times and spans in these styles only, and keys come back as they went. Should a column get
+# its time zone while somebody takes it for one without, what is written to it still is UTC.
 _LIMITS: Final = text(
     """
     SELECT set_config('lock_timeout', :lock, true),
@@ -209,7 +211,10 @@ _LIMITS: Final = text(
            set_config('idle_in_transaction_session_timeout', :idle, true),
            set_config('max_parallel_workers_per_gather', '0', true),
            set_config('datestyle', 'ISO', true),
-           set_config('intervalstyle', 'postgres', true)
+           set_config('intervalstyle', 'postgres', true),
+           set_config('timezone', 'UTC', true),
+           set_config('extra_float_digits', '1', true),
+           set_config('array_nulls', 'on', true)
     """
 )
 """As text, so that who only waits for another sweep builds no statement from parts."""

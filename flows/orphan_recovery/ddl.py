@@ -165,10 +165,11 @@ def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:
         return []
     if truth_trigger_is_there(connection, runs):
         return []
+    _refuse_anothers_trigger(connection, runs)
     terminal = sql.SQL(", ").join(sql.Literal(status) for status in runs.target.ends or ())
     create = _sql(
         "CREATE OR REPLACE TRIGGER {} BEFORE UPDATE OR DELETE ON {} "
-        "FOR EACH ROW WHEN (OLD.{}::text IN ({})) EXECUTE FUNCTION {}.{}({})",
+        "FOR EACH ROW WHEN (OLD.{} IN ({})) EXECUTE FUNCTION {}.{}({})",
         sql.Identifier(TRUTH_TRIGGER),
         _table(runs),
         sql.Identifier(runs.facts["status"].name),
@@ -178,6 +179,21 @@ def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:
         sql.Literal(_truth_argument(runs)),
     )
     return [Change("the truth trigger: a terminal row never changes again", (create,))]
+
+
+def _refuse_anothers_trigger(connection: Connection, runs: RunsTable) -> None:
+    """A trigger of that name that is not ours would be replaced."""
+    statement = text(
+        "SELECT tgfoid::regprocedure::text FROM pg_trigger"
+        " WHERE tgrelid = :table AND tgname = :name AND tgfoid IS DISTINCT FROM to_regprocedure("
+        "format('%I.%I()', CAST(:schema AS text), CAST(:name AS text)))"
+    )
+    asked = {"table": runs.relation.oid, "name": TRUTH_TRIGGER, "schema": SCHEMA}
+    if calls := connection.scalar(statement, asked):
+        raise ConfigurationError(
+            f"table {runs.name!r} has a trigger {TRUTH_TRIGGER!r} of its own, which calls {calls}: "
+            "drop it if it is to do the same, or give it another name, then run this again"
+        )
 
 
 def _truth_argument(runs: RunsTable) -> str:
@@ -195,7 +211,8 @@ def _truth_argument(runs: RunsTable) -> str:
 def _trigger_argument(connection: Connection, relation: Relation) -> str | None:
     statement = text(
         "SELECT convert_from(substr(tgargs, 1, length(tgargs) - 1), getdatabaseencoding())"
-        " FROM pg_trigger WHERE tgrelid = :table AND tgname = :name AND tgenabled <> 'D'"
+        " FROM pg_trigger WHERE tgrelid = :table AND tgname = :name AND tgenabled IN ('O', 'A')"
+        " AND octet_length(tgargs) > 0"
     )
     found = connection.scalar(statement, {"table": relation.oid, "name": TRUTH_TRIGGER})
     return None if found is None else str(found)

@@ -1,8 +1,8 @@
 """Describe: a target's description, held against the database's own catalogue.
 
 The hazard is a column taken for another, or a key that is not one. So what does not fit is
-refused before anything is read, with the place where it was configured and the way out; and the
-catalogue is read once for each engine.
+refused before anything is read, with the place where it was configured and the way out. The
+catalogue is read once for each sweep; and where an engine lives on, again once it has changed.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ from orphan_recovery.catalog import (
     accepts,
     look_up,
     similar,
+    stamp_of,
 )
 from orphan_recovery.database import Executor
 from orphan_recovery.runs import PLACE, ROLES, TIMES, Kept, RunsTable, as_utc, key_role
@@ -44,18 +45,53 @@ _AWARE = TIMESTAMP(timezone=True)
 _known: WeakKeyDictionary[Engine, dict[Target, RunsTable]] = WeakKeyDictionary()
 
 
-async def runs_table(db: Executor, target: Target) -> RunsTable:
+async def runs_table(db: Executor, target: Target, *, anew: bool = False) -> RunsTable:
     """The target's table as the database has it. Reads the catalogue once for each engine.
+
+    Args:
+        db: where it is.
+        target: its description.
+        anew: ask whether it still is as it was, since the engine may live for long; always so for
+            a caller's session, whose search_path may have changed as well.
 
     Raises:
         ConfigurationError: the table, or a column, is not there or not fit for its role. Says
-            which, where that was configured, and what to do.
+            which, where that was configured, and what to do. Or the session is none that can be
+            used here.
     """
-    connection = db if isinstance(db, AsyncConnection) else await db.connection()
+    if isinstance(db, AsyncConnection):
+        connection = db
+    else:
+        connection, anew = await db.connection(), True
+        _check_session(connection)
     known = _known.setdefault(connection.engine.sync_engine, {})
-    if target not in known:
-        known[target] = await connection.run_sync(describe_runs, target)
-    return known[target]
+    found = known.get(target)
+    if found is None or (anew and await connection.run_sync(_has_changed, found)):
+        found = known[target] = await connection.run_sync(describe_runs, target)
+    return found
+
+
+def _has_changed(connection: Connection, runs: RunsTable) -> bool:
+    """Whether the table, or one that keeps its signs of life, is not as it was, or is another."""
+    tables = [(runs.target.table, runs.relation)]
+    tables += [(getattr(runs.target, k).table, kept.relation) for k, kept in runs.elsewhere.items()]
+    return any(
+        stamp_of(connection, *split_table(name)) != relation.stamp for name, relation in tables
+    )
+
+
+def _check_session(connection: AsyncConnection) -> None:
+    if connection.dialect.driver != "psycopg":
+        raise ConfigurationError(
+            f"this session is on the driver {connection.dialect.driver!r}: give one of an engine "
+            "on psycopg, such as create_async_engine('postgresql+psycopg://…')"
+        )
+    within = connection.sync_connection
+    if within is not None and within.get_execution_options().get("schema_translate_map"):
+        raise ConfigurationError(
+            "this session has a schema_translate_map, by which statements would read another "
+            "table than was looked up: give one without; a target's table may name its schema"
+        )
 
 
 def describe_runs(
@@ -99,6 +135,11 @@ def describe_runs(
             raise ConfigurationError(
                 f"{where(target, 'release')} has {name!r}, which is NOT NULL in {target.table!r}: "
                 "the mark sets it to NULL; leave it out"
+            )
+        if name in relation.columns and relation.columns[name].is_generated:
+            raise ConfigurationError(
+                f"{where(target, 'release')} has {name!r}, which is generated in {target.table!r}, "
+                "and cannot be set to NULL: leave it out"
             )
     released = tuple(_any_column(target, relation, table, name) for name in target.release)
     if not any(role in facts for role in TIMES) and not elsewhere:
@@ -188,16 +229,22 @@ def _elsewhere(
     )
     ours = relation.columns[asked.run_key]
     alike = ours.kind == theirs.kind or {ours.category, theirs.category} in ({"N"}, {"S"})
-    if not alike:
-        our_key, their_key = cast(our_key, Text), cast(their_key, Text)
     # By a name of ours: theirs may be that of the runs, in another schema.
     rows = times.alias("orphan_recovery_kept")
-    whose: ColumnElement[Any] = rows.c.key if alike else cast(rows.c.key, Text)
+    whose: ColumnElement[Any] = rows.c.key
+    if not alike:
+        is_uuid = "uuid" in (ours.kind, theirs.kind)
+        our_key, their_key, whose = (_as_text(k, is_uuid) for k in (our_key, their_key, whose))
     latest = func.max(as_utc(rows.c.last_seen, last_seen), type_=_AWARE).label("seen_at")
     heard = select(latest).where(whose == our_key).correlate(table)
     of_run = heard.lateral(f"orphan_recovery_{key}")
     unlike = None if alike else (ours.declared, theirs.declared)
-    return Kept(times, our_key, their_key, last_seen, of_run, unlike)
+    return Kept(kept, times, our_key, their_key, last_seen, of_run, unlike)
+
+
+def _as_text(key: ColumnElement[Any], is_uuid: bool) -> ColumnElement[str]:
+    """A key that is compared with one of another type. A text may have a uuid in capitals."""
+    return func.lower(cast(key, Text)) if is_uuid else cast(key, Text)
 
 
 def _any_column(

@@ -40,8 +40,8 @@ async def detect_orphaned_runs(
     """The orphans now, oldest sign of life first, of the target that is meant by default.
 
     Args:
-        session: any session on the database that holds the runs. It is only read from; nothing
-            is set, locked or committed.
+        session: on the database that holds the runs, by SQLAlchemy's psycopg dialect. It is only
+            read from; nothing is set, locked or committed.
         threshold_minutes: the silence that makes an orphan, in whole minutes, at least 1.
 
     Returns:
@@ -49,7 +49,7 @@ async def detect_orphaned_runs(
         the same new ``sweep_id``, under which :func:`mark_run_as_crashed` records its verdicts.
 
     Raises:
-        ConfigurationError: the threshold, or the table, cannot be used.
+        ConfigurationError: the threshold, the table, or the session cannot be used.
         sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     request = SweepRequest(threshold_minutes=threshold_minutes, asked_by="detect_orphaned_runs")
@@ -141,7 +141,7 @@ def _scope(runs: RunsTable, request: SweepRequest) -> list[ColumnElement[bool]]:
                 f"only {role} {name!r} was asked for, but target {runs.target.name!r} has no "
                 f"column for {role}: name it under columns, or ask for the whole table"
             )
-        conditions.append(runs.text(role) == name)
+        conditions.append(runs.is_same(role, literal(name, Text)))
     return conditions
 
 

@@ -9,36 +9,34 @@ or not at all. Whatever it leaves alone, it names.
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     FromClause,
-    RowMapping,
     Select,
-    Text,
-    and_,
-    bindparam,
     cast,
-    column,
     func,
+    null,
     or_,
     select,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.sql.selectable import TableValuedAlias
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
-from orphan_recovery.database import Executor, Span, server_started
+from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn
+from orphan_recovery.database import Executor, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.ledger import require_ledger, verdicts
 from orphan_recovery.log import logger
+from orphan_recovery.miss import name_misses
 from orphan_recovery.record import note_direct_call, record
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable
+from orphan_recovery.seen import as_seen, snapshots
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
@@ -58,8 +56,8 @@ async def mark_run_as_crashed(
     instance of the row that the session holds must be refreshed.
 
     Args:
-        session: any session on the database that holds the runs. Never committed here: the
-            caller owns the transaction, and nothing stands before it commits.
+        session: on the database that holds the runs, by SQLAlchemy's psycopg dialect. Never
+            committed here: the caller owns the transaction, and nothing stands before it commits.
         run: what :func:`detect_orphaned_runs` saw.
         reason: what the run's error text begins with, 1 to 1,000 characters.
 
@@ -69,8 +67,10 @@ async def mark_run_as_crashed(
         changed hands, vanished, or another sweep marked it. The ledger says which.
 
     Raises:
-        ConfigurationError: the reason, the table or the ledger cannot be used.
-        UndecidedError: the server was restarted since ``run`` was detected: detect it anew.
+        ConfigurationError: the reason, the table, the ledger or the session cannot be used.
+        UndecidedError: the server was restarted since ``run`` was detected: detect it anew. Or a
+            trigger of the table left out the update.
+        UndoneError: a trigger of the table put the run back in flight: roll back.
         sqlalchemy.exc.DBAPIError: as the database raised it, so that a retry policy can act on
             it; :func:`orphan_recovery.policy.is_transient` tells whether to.
     """
@@ -92,14 +92,15 @@ async def mark_run_as_crashed(
 class UndecidedError(RuntimeError):
     """The row looks as detection saw it, and yet the statement did not mark it.
 
-    So it is where the server was restarted since: nobody could beat meanwhile. It is no verdict:
-    the run is detected anew by the next sweep.
+    So it is where the server was restarted since: nobody could beat meanwhile. And where a trigger
+    of the table leaves the update out. It is no verdict: the next sweep detects the run anew.
     """
 
     def __init__(self, run: WorkerRun) -> None:
         super().__init__(
             f"run {run.id!r} is unchanged since it was detected, yet was not marked (the server "
-            "may have been restarted since, so that nobody could beat); the next sweep looks anew"
+            "may have been restarted since, so that nobody could beat, or a trigger of the table "
+            "kept it from being updated); the next sweep looks anew"
         )
 
 
@@ -119,12 +120,14 @@ async def mark(
         by someone: nothing is known yet.
 
     Raises:
+        UndoneError: a trigger of the table took a mark back.
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back,
             and no verdict stands.
     """
     table = await runs_table(db, request.target)
-    values = _as_seen(request, runs)
+    values = as_seen(request, runs)
     if table.elsewhere:
+        await _require_transaction(db)
         locked = await db.execute(_lock(table, skip_locked), values)
         levels = {row.isolation for row in locked} - {"read committed"}
         if levels:
@@ -135,6 +138,9 @@ async def mark(
             )
     statement = _mark(table, request, skip_locked)
     seen = {run.id: run for run in runs}
+    rows = (await db.execute(statement, values)).mappings().all()
+    if undone := [row["run_id"] for row in rows if row["judged_at"] is None]:
+        raise UndoneError(undone)
     marked = {
         row["run_id"]: Verdict(
             run=seen[row["run_id"]],
@@ -142,10 +148,10 @@ async def mark(
             judged_at=row["judged_at"],
             silence=row["silence"],
         )
-        for row in (await db.execute(statement, values)).mappings()
+        for row in rows
     }
     left = [run for run in runs if run.id not in marked]
-    named = await _name_misses(db, table, request, left) if left else {}
+    named = await name_misses(db, table, request, left) if left else {}
     await record(db, request, [v for v in named.values() if v is not None and v.is_miss])
     return [marked.get(run.id) or named[run.id] for run in runs]
 
@@ -175,13 +181,24 @@ async def settle(db: Executor, request: SweepRequest, failed: Sequence[Verdict])
     if not failed:
         return []
     table = await runs_table(db, request.target)
-    named = await _name_misses(db, table, request, [verdict.run for verdict in failed])
+    named = await name_misses(db, table, request, [verdict.run for verdict in failed])
     settled = []
     for verdict in failed:
         now = named[verdict.run.id]
         settled.append(verdict if now is None or now.outcome is Outcome.FAILED else now)
     await record(db, request, [v for v in settled if v.outcome is not Outcome.MARKED])
     return settled
+
+
+async def _require_transaction(db: Executor) -> None:
+    """A lock has to be kept until the verdict: without a transaction it is given back at once."""
+    connection = db if isinstance(db, AsyncConnection) else await db.connection()
+    raw = (await connection.get_raw_connection()).driver_connection
+    if raw is not None and raw.autocommit:
+        raise ConfigurationError(
+            "this session commits each statement by itself (AUTOCOMMIT), where the signs of life "
+            "are kept in another table: mark in a transaction that is read committed"
+        )
 
 
 def _lock(table: RunsTable, skip_locked: bool) -> Select[Any]:
@@ -191,7 +208,7 @@ def _lock(table: RunsTable, skip_locked: bool) -> Select[Any]:
     statement began. A worker may have beaten meanwhile in a row of its own; so where signs of
     life are kept elsewhere, the waiting is done here, and the verdict's statement looks afresh.
     """
-    seen = _snapshots()
+    seen = snapshots()
     return (
         select(*table.key, func.current_setting("transaction_isolation").label("isolation"))
         .select_from(table.table.join(seen, table.is_row(seen.c.run_id)))
@@ -201,12 +218,13 @@ def _lock(table: RunsTable, skip_locked: bool) -> Select[Any]:
 
 
 @lru_cache(maxsize=64)
-def _mark(table: RunsTable, request: SweepRequest, skip_locked: bool) -> Select[Any]:
+def _mark(table: RunsTable, request: SweepRequest, skip_locked: bool) -> CompoundSelect[Any]:
     """Lock, judge, mark and record: one statement, so that none of it stands without the rest.
+    What a trigger took back has no time of judgement.
 
     Built once for each sweep: to build it takes longer than to execute it.
     """
-    seen = _snapshots()
+    seen = snapshots()
     locked = (
         select(
             *(column.label(f"key_{n}") for n, column in enumerate(table.key)),
@@ -220,9 +238,12 @@ def _mark(table: RunsTable, request: SweepRequest, skip_locked: bool) -> Select[
         .with_for_update(of=table.table, key_share=True, skip_locked=skip_locked)
         .cte("orphan_recovery_locked")
     )
-    _, recording = condemn(table, request, locked)
+    marked, recording = condemn(table, request, locked)
     told = (verdicts.c.run_id, verdicts.c.judged_at, verdicts.c.silence)
-    return select(recording.returning(*told).cte("orphan_recovery_recorded"))
+    recorded = recording.returning(*told).cte("orphan_recovery_recorded")
+    nothing = (cast(null(), column.type).label(column.name) for column in told[1:])
+    undone = select(marked.c.run_id, *nothing).where(~marked.c.stands)
+    return select(recorded).union_all(undone)
 
 
 def guards(
@@ -261,118 +282,6 @@ def has_verdict(request: SweepRequest, run_id: ColumnElement[str]) -> ColumnElem
     given = select(verdicts.c.run_id)
     given = given.where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == run_id)
     return given.exists()
-
-
-_SNAPSHOT: Final[dict[str, Any]] = {
-    **dict.fromkeys(("run_id", "status", "worker_id", "evidence", "rule", "reason"), Text()),
-    **dict.fromkeys(("sign_of_life", "seen_at"), _AWARE),
-    "threshold": Span(),
-}
-
-
-def _snapshots() -> TableValuedAlias:
-    """The snapshots as a table, one array a column: one plan for one run or a thousand."""
-    arrays = [bindparam(f"seen_{name}", type_=ARRAY(kind)) for name, kind in _SNAPSHOT.items()]
-    names = [column(name, kind) for name, kind in _SNAPSHOT.items()]
-    return func.unnest(*arrays).table_valued(*names, name="orphan_recovery_seen").render_derived()
-
-
-def _as_seen(request: SweepRequest, runs: Sequence[WorkerRun]) -> dict[str, list[Any]]:
-    """The values that :func:`_snapshots` takes."""
-    assert {run.sweep_id for run in runs} == {request.sweep_id}  # noqa: S101 - its own, only
-    columns: dict[str, list[Any]] = {
-        name: [getattr(run, name) for run in runs]
-        for name in ("status", "worker_id", "sign_of_life", "seen_at", "threshold", "rule")
-    }
-    columns["run_id"] = [run.id for run in runs]
-    columns["evidence"] = [run.evidence.value for run in runs]
-    columns["reason"] = [request.reason_for(run) for run in runs]
-    return {f"seen_{name}": values for name, values in columns.items()}
-
-
-async def _name_misses(
-    db: Executor, table: RunsTable, request: SweepRequest, runs: Sequence[WorkerRun]
-) -> dict[str, Verdict | None]:
-    """Say why each of ``runs`` was left alone, from the row and the ledger as they stand now."""
-    statement = _look_anew(table, request)
-    found_now = (await db.execute(statement, _as_seen(request, runs))).mappings()
-    rows = {row["run_id"]: row for row in found_now}
-    named: dict[str, Verdict | None] = {}
-    for run in runs:
-        now = rows[run.id]
-        outcome = _outcome_of_miss(now)
-        found = {name: now[name] for name in ("status", "worker_id", "sign_of_life")}
-        found["completed_at"] = now["completed_at"]
-        if outcome is None:
-            named[run.id] = None
-            continue
-        named[run.id] = Verdict(
-            run=run,
-            outcome=outcome,
-            judged_at=now["judged_at"],
-            silence=now["own_silence"],
-            found=None if outcome in (Outcome.MARKED, Outcome.VANISHED) else found,
-        )
-    return named
-
-
-@lru_cache(maxsize=64)
-def _look_anew(table: RunsTable, request: SweepRequest) -> Select[Any]:
-    """The rows of the snapshots as they stand now, compared with them, and what the ledger has."""
-    seen, sweep_id = _snapshots(), request.sweep_id
-    own, other = (verdicts.alias(f"orphan_recovery_{name}") for name in ("own", "other"))
-    marked_by_another = (
-        select(other.c.run_id)
-        .where(
-            other.c.target == request.target.name,
-            other.c.run_id == seen.c.run_id,
-            other.c.outcome == Outcome.MARKED.value,
-            other.c.sweep_id != sweep_id,
-        )
-        .exists()
-    )
-    silent = and_(
-        table.sign_of_life <= _NOW - seen.c.threshold,
-        table.sign_of_life <= _NOW - threshold_of(table, request, seen.c.threshold),
-        ~table.is_locked,
-    )
-    return select(
-        seen.c.run_id,
-        table.key[0].is_(None).label("vanished"),
-        or_(table.in_flight, table.is_waiting).label("has_not_ended"),
-        table.is_crashed.label("is_crashed"),
-        table.text("status").label("status"),
-        table.text("worker_id").label("worker_id"),
-        cast(table.sign_of_life, Text).label("sign_of_life"),  # text: it may be infinity
-        table.text("completed_at").label("completed_at"),
-        table.text("worker_id").is_not_distinct_from(seen.c.worker_id).label("same_worker"),
-        (table.text("status") == seen.c.status).label("same_status"),
-        table.sign_of_life.is_not_distinct_from(seen.c.sign_of_life).label("same_sign"),
-        silent.label("silent"),
-        own.c.outcome.label("own_outcome"),
-        func.coalesce(own.c.judged_at, _NOW).label("judged_at"),
-        own.c.silence.label("own_silence"),
-        marked_by_another.label("marked_by_another"),
-    ).select_from(
-        table.reads_from(seen, outer=True).join(
-            own, and_(own.c.sweep_id == sweep_id, own.c.run_id == seen.c.run_id), isouter=True
-        )
-    )
-
-
-def _outcome_of_miss(now: RowMapping) -> Outcome | None:
-    if now["own_outcome"] is not None:
-        return Outcome(now["own_outcome"])  # this sweep's earlier try, unacknowledged
-    if now["vanished"]:
-        return Outcome.VANISHED
-    if not now["has_not_ended"]:
-        crashed = now["is_crashed"] and now["marked_by_another"]
-        return Outcome.ALREADY_MARKED if crashed else Outcome.FINISHED_FIRST
-    if not now["same_worker"]:
-        return Outcome.CHANGED_HANDS
-    if not (now["same_status"] and now["same_sign"] and now["silent"]):
-        return Outcome.SIGN_OF_LIFE
-    return None  # as it was seen: another transaction holds the row
 
 
 def log_verdict(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from orphan_recovery.condemn import UndoneError
 from orphan_recovery.database import POOL_SIZE, transaction
 from orphan_recovery.mark import mark, mark_one
 from orphan_recovery.request import SweepRequest
@@ -49,6 +50,7 @@ class SharedMarks:
 
         Raises:
             UndecidedError: no verdict could be given.
+            UndoneError: a trigger of the table took the mark back.
             sqlalchemy.exc.DBAPIError: any database error, a lock time-out among them. It was met
                 in a transaction of this run's own.
         """
@@ -83,6 +85,6 @@ class SharedMarks:
         try:
             async with transaction(self._engine) as connection:
                 verdicts = await mark(connection, self.request, runs, skip_locked=True)
-        except DBAPIError:
+        except (DBAPIError, UndoneError):
             return  # whose it is comes out when each tries by itself
         company.given = {verdict.run.id: verdict for verdict in verdicts if verdict is not None}

@@ -79,6 +79,7 @@ def retry_plan(policy: RetryPolicy = RETRY_POLICY, *, dangerous_allowed: bool = 
 _TRANSIENT_CODES: Final = frozenset(
     {
         "25P03",  # idle in transaction time-out: the session is gone
+        "25P04",  # transaction time-out: likewise
         "40001",  # serialization failure
         "40P01",  # deadlock detected
         "53300",  # too many connections
@@ -91,6 +92,9 @@ _TRANSIENT_CODES: Final = frozenset(
     }
 )
 _CONNECTION_EXCEPTIONS: Final = "08"  # the class of that name
+_OUT_OF_RESOURCES: Final = frozenset({"53000", "53100", "53200", "53300"})
+"""Disk, memory, connections: of those the server has no more for anybody. Not a configured limit,
+53400, which one statement may have met by itself."""
 _UNIQUE_VIOLATION: Final = "23505"
 _ONE_VERDICT: Final = ("orphan_recovery", "verdicts")
 """Schema and table of which a unique violation is transient: see :func:`is_transient`."""
@@ -151,11 +155,16 @@ class _Backoff(wait_base):
 def is_outage(error: BaseException) -> bool:
     """Whether ``error`` speaks of the database as a whole, not of the row at hand.
 
-    Such an error ends a sweep (the next one goes on); any other fails one run alone.
+    Such an error ends a sweep (the next one goes on); any other fails one run alone. A trigger of
+    the table may raise what looks like an outage, such as of another server that it asks: where
+    the connection has outlived that, it is about the row.
     """
     if isinstance(error, DBAPIError):
         code = sqlstate(error)
         if code is None:
             return is_transient(error)
-        return code.startswith((_CONNECTION_EXCEPTIONS, "57P", "53"))
+        if code in _OUT_OF_RESOURCES:
+            return True
+        is_lost = error.connection_invalidated or error.statement is None  # never came about
+        return is_lost and code.startswith((_CONNECTION_EXCEPTIONS, "57P", "53"))
     return isinstance(error, (PoolTimeoutError, OSError))

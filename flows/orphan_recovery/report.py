@@ -72,6 +72,8 @@ class SweepReport:
     """The sweep that looked in its place, after this one had begun, and judged what it found."""
     server_started_at: datetime | None = None
     """As it was when the sweep looked; None where another did."""
+    hides_rows: bool = False
+    """Whether row security may have kept runs from it."""
     marked_lately: int = 0
     """Verdicts that marked a run in the last 30 days."""
     contested_lately: int = 0
@@ -105,9 +107,11 @@ class SweepReport:
         marked: int,
         contested: int,
         seen_by: UUID | None = None,
+        hides_rows: bool = False,
     ) -> None:
         """Keep what was seen before the sweep judged, and by which other; verdicts of the last 30
-        days."""
+        days; and whether row security may have hidden runs."""
+        self.hides_rows = hides_rows
         self.fleet, self.seen_by, self.server_started_at = fleet, seen_by, server_started_at
         self.marked_lately, self.contested_lately = marked, contested
 

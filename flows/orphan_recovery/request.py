@@ -127,7 +127,8 @@ def own_version() -> str:
 
 def check_reason(reason: str) -> str:
     """Accept a reason for marking, or refuse it by name."""
-    if not reason.strip() or "\x00" in reason or len(reason) > MAX_REASON_LENGTH:
+    is_text = "\x00" not in reason and reason.encode(errors="ignore").decode() == reason
+    if not reason.strip() or not is_text or len(reason) > MAX_REASON_LENGTH:
         raise ConfigurationError(
             f"reason is {reason[:40]!r}: give 1 to {MAX_REASON_LENGTH} characters of text that "
             "tell a person why"

@@ -24,6 +24,7 @@ from sqlalchemy import (
     and_,
     case,
     cast,
+    collate,
     column,
     false,
     func,
@@ -58,6 +59,7 @@ _AWARE_OR_NULL: TypeEngine[datetime | None] = _AWARE  # type: ignore[assignment]
 class Kept:
     """Signs of life that another table keeps."""
 
+    relation: Relation
     table: Table
     """With the columns ``key`` and ``last_seen``."""
     our_key: ColumnElement[Any]
@@ -152,6 +154,16 @@ class RunsTable:
             utc = _json_text(func.to_jsonb(func.timezone("UTC", stored)))
             return utc + case((func.isfinite(stored), "+00:00"), else_="")
         return cast(self.table.c[role], Text)
+
+    def is_same(self, role: str, given: ColumnElement[Any]) -> ColumnElement[bool]:
+        """Whether a column holds what somebody gave as text."""
+        return self.text(role) == self.as_written(role, given)
+
+    def as_written(self, role: str, given: ColumnElement[Any]) -> ColumnElement[str]:
+        """A text as the column would write it: of a uuid it may have been in capitals, of a number
+        with zeros before it."""
+        facts = self.facts[role]
+        return given if facts.is_text else cast(cast(given, facts.type), Text)
 
     @property
     def error_text(self) -> ColumnElement[str]:
@@ -320,7 +332,8 @@ def lock_key(relation: Relation, whose: ColumnElement[str]) -> ColumnElement[int
     each describe it in their own way.
     """
     name = func.concat(f"orphan_recovery {relation.schema}.{relation.name} ", whose)
-    return func.hashtextextended(name, 0, type_=BigInteger())
+    # By its bytes: a column's collation may have another hash for the same text.
+    return func.hashtextextended(collate(name, "C"), 0, type_=BigInteger())
 
 
 def stored(instant: ColumnElement[datetime], facts: ColumnFacts) -> ColumnElement[datetime]:

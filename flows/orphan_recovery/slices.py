@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.condemn import EVIDENCE, WHOSE, condemn
+from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn
 from orphan_recovery.database import Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, orphans, snapshot
@@ -133,6 +133,7 @@ async def take_slice(
         shown: return the verdicts too, and not their number alone.
 
     Raises:
+        UndoneError: a trigger of the table took a mark back; names some.
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.
     """
     table = await runs_table(db, request.target)
@@ -140,6 +141,8 @@ async def take_slice(
     statement = _slice(table, request, among, backwards=stretch.backwards, shown=shown)
     rows = list((await db.execute(statement, {"size": size, **stretch.values})).mappings())
     took = time.monotonic() - began
+    if undone := [row["id"] for row in rows if row["undone"]] if shown else rows[0]["undone"]:
+        raise UndoneError(undone)
     if shown:
         return _shown(request, size, [dict(row) for row in rows], took)
     [row] = rows
@@ -238,7 +241,7 @@ def _each(
 ) -> Select[Any]:
     """One row for each orphan that was taken, with whether it was marked."""
     locked = candidates.cte("orphan_recovery_taken")
-    _, recording = _condemn(locked, table, request)
+    marked, recording = _condemn(locked, table, request)
     recorded = recording.returning(verdicts.c.run_id).cte("orphan_recovery_recorded")
     # Looked up in a hash that no setting forbids, as a join's is here; and at the verdict's time,
     # which is that of the statement.
@@ -248,6 +251,7 @@ def _each(
         *names,
         case((is_marked, _NOW)).label("judged_at"),
         case((is_marked, _NOW - locked.c.sign_of_life)).label("judged_silence"),
+        locked.c.id.in_(select(marked.c.run_id).where(~marked.c.stands)).label("undone"),
     ).order_by(*_along(_order_of(locked, table), backwards))
 
 
@@ -266,10 +270,14 @@ def _counted(
     counts = select(
         select(func.count()).select_from(locked).scalar_subquery().label("taken"),
         select(func.count()).select_from(marked).scalar_subquery().label("marked"),
+        select(func.array_agg(marked.c.run_id)[1:10].label("some"))
+        .where(~marked.c.stands)
+        .scalar_subquery()
+        .label("undone"),
     ).subquery()
     # The insert is executed to its end although nothing of it is asked for.
     return (
-        select(counts.c.taken, counts.c.marked, last.c.created_at, last.c.id.label("run_id"))
+        select(*counts.c, last.c.created_at, last.c.id.label("run_id"))
         .select_from(counts.join(last, true(), isouter=True))
         .add_cte(recording.cte("orphan_recovery_recorded"))
     )
@@ -296,7 +304,7 @@ def _shown(request: SweepRequest, size: int, rows: list[dict[str, Any]], seconds
     runs, given = [], []
     for row in rows:
         judged_at, silence = row.pop("judged_at"), row.pop("judged_silence")
-        for name in ("rule_in_words", "reason", "lock_key"):
+        for name in ("rule_in_words", "reason", "lock_key", "undone"):
             row.pop(name, None)
         run = snapshot(request, row)
         runs.append(run)

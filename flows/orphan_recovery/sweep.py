@@ -36,8 +36,9 @@ from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.settings import ENABLED_VARIABLE, load_settings
+from orphan_recovery.settings import ENABLED_VARIABLE, ConfigurationError, load_settings
 from orphan_recovery.shared import left_by, question_about
+from orphan_recovery.targets import where
 from orphan_recovery.verdict import Outcome, Verdict
 
 
@@ -68,6 +69,8 @@ class Look:
     """The other sweep that looked, where this one took over what it saw."""
     unlocked: frozenset[str] = frozenset()
     """Runs whose lock was gone at every look, where locks are the evidence."""
+    hides_rows: bool = False
+    """Whether row security may have kept runs from it."""
     is_closed: bool = False
     """Whether nothing is left to do, and the ledger has the sweep's end, if it has the sweep."""
 
@@ -108,14 +111,18 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
     question = None
     if seen_by is None:
         table = await runs_table(db, request.target)  # if it does not fit, that is first to tell
+        _require_sight(table)
         question = question_about(request.question, table.relation)
         async with ledger_there():
             now = await look_at_circumstances(db, request)
         look, timeline = await look_at(db, request, now), now.timeline
+        look = replace(look, hides_rows=table.relation.hides_rows)
     else:
         fleet, timeline = await left_by(db, seen_by)
         look = Look(None, fleet, None, None, seen_by=seen_by)
     fleet = look.fleet
+    if look.hides_rows:
+        logger.warning("row_security_hides_runs", extra={"target": request.target.name})
     if fleet.undatable:
         logger.warning("runs_without_sign_of_life", extra={"count": fleet.undatable})
     if fleet.ahead:
@@ -138,6 +145,22 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
     return replace(look.emptied() if is_closed else look, is_closed=is_closed)
 
 
+def _require_sight(table: RunsTable) -> None:
+    """Refuse to judge by signs of life that row security may hide: who beats would look silent.
+
+    Raises:
+        ConfigurationError: it may.
+    """
+    for what, kept in table.elsewhere.items():
+        if kept.relation.hides_rows:
+            name = getattr(table.target, what).table
+            raise ConfigurationError(
+                f"{where(table.target, what, 'table')} is {name!r}, of which row security may "
+                "hide rows from this role, so that a worker that beats would look silent: give "
+                "the role a policy that shows it every row (USING (true)), or BYPASSRLS"
+            )
+
+
 def tell_of(look: Look, report: SweepReport) -> None:
     """Keep in the report what was seen before the sweep judged."""
     now = look.now
@@ -151,6 +174,7 @@ def tell_of(look: Look, report: SweepReport) -> None:
         marked=0 if now is None else now.marked,
         contested=0 if now is None else now.contested,
         seen_by=look.seen_by,
+        hides_rows=look.hides_rows,
     )
 
 
@@ -165,7 +189,8 @@ async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Lo
     doubt = look.doubt if came_up_again or failed_over else None
     now = replace(now, last_sweep_at=before.now.last_sweep_at)  # for a hold to tell
     unlocked = before.unlocked & look.unlocked
-    return replace(look, now=now, doubt=doubt, waited=waited, unlocked=unlocked)
+    look = replace(look, unlocked=unlocked, hides_rows=before.hides_rows)
+    return replace(look, now=now, doubt=doubt, waited=waited)
 
 
 async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Look:

@@ -5,7 +5,7 @@ still this worker's. A row that somebody holds is passed over, not waited for: o
 for long must not keep the others from beating.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,26 +25,36 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from orphan_recovery.alive.lost import LostBy, RunLost
+from orphan_recovery.database import describe, transaction
+from orphan_recovery.describe import runs_table
+from orphan_recovery.policy import is_outage
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.runs import RunsTable, stored
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.target import Target
 from orphan_recovery.targets import where
 
 _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
+
+Run = tuple[str, str | None]
+"""A run's key as it was given, and its worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beaten:
     """What one beat proved."""
 
-    thresholds: dict[tuple[str, str | None], timedelta | None]
+    thresholds: dict[Run, timedelta | None]
     """The runs that are still their worker's, with their thresholds; None: never an orphan."""
-    lost: dict[tuple[str, str | None], RunLost]
+    lost: dict[Run, RunLost]
+    refused: dict[Run, str]
+    """Runs for which the database could not be asked, such as by a key that is none; and why."""
 
 
 def require_beat(table: RunsTable) -> None:
@@ -60,9 +70,69 @@ def require_beat(table: RunsTable) -> None:
         )
 
 
-async def beat(
-    db: AsyncConnection, table: RunsTable, runs: Sequence[tuple[str, str | None]]
-) -> Beaten:
+async def beat_for(engine: AsyncEngine, target: Target, runs: Sequence[Run]) -> Beaten:
+    """Give a sign of life for each of ``runs``. Commits.
+
+    Args:
+        engine: where the runs are.
+        target: whose they are.
+        runs: as in :func:`beat`.
+
+    Returns:
+        As :func:`beat`; and what was refused.
+
+    Raises:
+        ConfigurationError: the target does not fit, or has no place for a beat.
+        sqlalchemy.exc.DBAPIError: as the database raised it, where it was about no single run.
+    """
+    beaten = Beaten({}, {}, {})
+
+    async def give(some: Sequence[Run]) -> None:
+        async with transaction(engine) as db:
+            table = await runs_table(db, target, anew=True)
+            require_beat(table)
+            told = await beat(db, table, some)
+        beaten.thresholds.update(told.thresholds)
+        beaten.lost.update(told.lost)
+
+    await one_by_one_at_worst(give, runs, beaten.refused)
+    return beaten
+
+
+async def one_by_one_at_worst(
+    do: Callable[[Sequence[Run]], Awaitable[None]], runs: Sequence[Run], refused: dict[Run, str]
+) -> None:
+    """Do something for all runs at once; where it fails, for halves, down to the one that is at
+    fault: it must not keep the others from beating.
+
+    Args:
+        do: it.
+        runs: for these.
+        refused: is told of the runs for which it fails alone, and why.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: the database is away, or refuses it for every run.
+    """
+    try:
+        await do(runs)
+    except DBAPIError as error:
+        if is_outage(error) or len(runs) == 1:
+            raise
+        middle, failed = len(runs) // 2, 0
+        for half in (runs[:middle], runs[middle:]):
+            try:
+                await one_by_one_at_worst(do, half, refused)
+            except DBAPIError as reason:
+                if is_outage(reason):
+                    raise
+                failed += 1
+                for run in half:
+                    refused.setdefault(run, describe(reason))
+        if failed == 2:
+            raise
+
+
+async def beat(db: AsyncConnection, table: RunsTable, runs: Sequence[Run]) -> Beaten:
     """Give a sign of life for each of ``runs``. Does not commit.
 
     Args:
@@ -76,16 +146,16 @@ async def beat(
     rows = (await db.execute(_beat(table, runs))).mappings()
     thresholds = {(row["run_id"], row["held_by"]): row["threshold"] for row in rows}
     left = [run for run in runs if run not in thresholds]
-    lost: dict[tuple[str, str | None], RunLost] = {}
+    lost: dict[Run, RunLost] = {}
     if left:
         for row in (await db.execute(look(table, left))).mappings():
             by = lost_by(row)
             if by is not None:
                 lost[row["run_id"], row["held_by"]] = RunLost(row["run_id"], by, found(row))
-    return Beaten(thresholds, lost)
+    return Beaten(thresholds, lost, {})
 
 
-def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[Any]:
+def _beat(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
     seen = _as_held(runs)
     threshold = threshold_of(table, SweepRequest(asked_by="beat", target=table.target))
     kept = None if table.has("heartbeat_at") else table.elsewhere["worker_heartbeat"]
@@ -125,7 +195,7 @@ def _beat(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[An
     )
 
 
-def look(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[Any]:
+def look(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
     """The rows of ``runs`` as they stand, and whether each is its worker's own."""
     seen = _as_held(runs)
     return (
@@ -133,6 +203,7 @@ def look(table: RunsTable, runs: Sequence[tuple[str, str | None]]) -> Select[Any
             seen.c.run_id,
             seen.c.worker_id.label("held_by"),
             table.run_id.label("key"),
+            _written(table, seen.c.worker_id).label("held_as"),
             table.key[0].is_(None).label("vanished"),
             table.in_flight.label("in_flight"),
             table.is_crashed.label("is_crashed"),
@@ -161,7 +232,12 @@ def is_own(table: RunsTable, worker_id: ColumnElement[Any]) -> ColumnElement[boo
     """Whether the run is that worker's; always, where no worker is named or none is kept."""
     if not table.has("worker_id"):
         return true()
-    return or_(worker_id.is_(None), table.text("worker_id") == worker_id)
+    return or_(worker_id.is_(None), table.is_same("worker_id", worker_id))
+
+
+def _written(table: RunsTable, worker_id: ColumnElement[Any]) -> ColumnElement[str]:
+    """A worker as the table writes it, by which a sweep knows it."""
+    return table.as_written("worker_id", worker_id) if table.has("worker_id") else worker_id
 
 
 def lost_by(row: RowMapping) -> LostBy | None:
@@ -180,7 +256,7 @@ def found(row: RowMapping) -> dict[str, Any]:
     return {name: row[name] for name in ("status", "worker_id", "completed_at", "error")}
 
 
-def _as_held(runs: Sequence[tuple[str, str | None]]) -> TableValuedAlias:
+def _as_held(runs: Sequence[Run]) -> TableValuedAlias:
     ids = literal([run_id for run_id, _ in runs], ARRAY(Text()))
     workers = literal([worker_id for _, worker_id in runs], ARRAY(Text()))
     names = (column("run_id", Text()), column("worker_id", Text()))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery.alive.beat import beat, require_beat
+from orphan_recovery.alive.beat import Run, beat_for, require_beat
 from orphan_recovery.alive.lock import Locks
 from orphan_recovery.alive.lost import LostBy, RunLost
 from orphan_recovery.database import describe, make_engine, transaction
@@ -71,6 +71,7 @@ class Beater:
         self._holds: list[Hold] = []
         self._locks = None if target.lock is None else Locks(target, timedelta(seconds=interval))
         self._failing = self._has_place = False
+        self._refused: set[Run] = set()
         self._ready = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name=f"orphan-recovery alive {target.name}", daemon=True
@@ -195,10 +196,7 @@ class Beater:
                 if self._locks is not None:
                     told = await self._locks.prove(self._engine, runs)
                 else:
-                    async with transaction(self._engine) as db:
-                        table = await runs_table(db, self.target)
-                        require_beat(table)
-                        told = await beat(db, table, runs)
+                    told = await beat_for(self._engine, self.target, runs)
         except Exception as error:
             if not self._failing:
                 fields = {"target": self.target.name, "error": describe(error)}
@@ -208,6 +206,7 @@ class Beater:
         if self._failing:
             logger.info("beat_recovered", extra={"target": self.target.name})
         self._failing = False
+        self._tell_of_refused(told.refused)
         for held in holds:
             run = (held.run_id, held.worker_id)
             if run in told.thresholds:
@@ -217,6 +216,13 @@ class Beater:
             elif lost := told.lost.get(run):
                 self._lose(held, lost)
         return True
+
+    def _tell_of_refused(self, refused: dict[Run, str]) -> None:
+        """Once for each run, for as long as it is so; the fence sees to the rest."""
+        for run_id, worker_id in refused.keys() - self._refused:
+            fields = {"target": self.target.name, "run_id": run_id}
+            logger.warning("beat_failed", extra={**fields, "error": refused[run_id, worker_id]})
+        self._refused = set(refused)
 
     async def _watch(self) -> None:
         """See to it that a run is lost on time, while a beat hangs or the database is away."""

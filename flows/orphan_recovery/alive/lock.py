@@ -13,11 +13,21 @@ from typing import Any, Final
 
 from sqlalchemy import Select, Text, column, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from orphan_recovery.alive.beat import Beaten, found, look, lost_by
+from orphan_recovery.alive.beat import (
+    Beaten,
+    Run,
+    found,
+    look,
+    lost_by,
+    one_by_one_at_worst,
+)
 from orphan_recovery.alive.lost import RunLost
+from orphan_recovery.database import describe
 from orphan_recovery.describe import runs_table
+from orphan_recovery.policy import is_outage
 from orphan_recovery.runs import RunsTable, lock_key
 from orphan_recovery.target import Target
 
@@ -32,9 +42,6 @@ NOTICE: Final = {
 """What the server is told, so that it drops within about half a minute the connection of a host
 that is gone: of that nobody tells it, and by its own settings it may wait for hours."""
 
-Run = tuple[str, str | None]
-"""A run's key as it was given, and its worker."""
-
 
 class Locks:
     """The locks of one process on one connection. Used in the beater's thread only."""
@@ -46,8 +53,11 @@ class Locks:
         self._socket: int | None = None
         self._held: set[str] = set()
         """Whose locks that connection holds: runs, or workers."""
-        self._written: dict[str, str] = {}
-        """The keys of runs as the database writes them, by how they were given."""
+        self._whose: dict[Run, str | None] = {}
+        """Whose lock proves that a run is alive, as the database writes the run's key, or its
+        worker: a sweep knows them by that."""
+        self._table: tuple[str, str] | None = None
+        """The schema and name by which those locks go."""
 
     @property
     def any_held(self) -> bool:
@@ -57,24 +67,29 @@ class Locks:
         """Hold a lock for each of ``runs``, or their workers, and for nobody else.
 
         Returns:
-            What is proven: its lock is held, and its row is still the worker's. Runs whose lock
-            somebody else holds are in neither.
+            What is proven: its lock is held, and its row is still the worker's; and what is lost,
+            or was refused. Runs whose lock somebody else holds are in none.
 
         Raises:
             sqlalchemy.exc.DBAPIError: as the database raised it; then no lock is held any more.
         """
         try:
             connection = await self._open(engine)
-            table = await runs_table(connection, self.target)
-            await self._learn_keys(connection, table, runs)
-            wanted = {whose for run in runs if (whose := self._whose(run)) is not None}
+            table = await runs_table(connection, self.target, anew=True)
+            if self._table != (named := (table.relation.schema, table.relation.name)):
+                self._table = named  # it was renamed: what is held goes by what it was
+                self._held.clear()
+            refused = await self._learn(connection, table, runs)
+            wanted = {whose for run in runs if (whose := self._whose.get(run)) is not None}
             if stale := self._held - wanted:
                 await connection.execute(_each(table, stale, func.pg_advisory_unlock))
             self._held &= wanted
             if missing := wanted - self._held:
                 tried = await connection.execute(_each(table, missing, func.pg_try_advisory_lock))
                 self._held |= {row.whose for row in tried if row.done}
-            return await self._see(connection, table, runs)
+            asked = [run for run in runs if run not in refused]
+            proven, lost = await self._see(connection, table, asked)
+            return Beaten(proven, lost, refused)
         except BaseException:
             await self.let_go()
             raise
@@ -108,25 +123,35 @@ class Locks:
             await connection.execute(select(*told))
         return self._connection
 
-    async def _learn_keys(
+    async def _learn(
         self, connection: AsyncConnection, table: RunsTable, runs: Sequence[Run]
-    ) -> None:
-        """A sweep knows a run by its key as the database writes it, so its lock goes by that."""
-        if self.target.lock != "run":
-            return
-        given = {run_id for run_id, _ in runs}
-        self._written = {run: key for run, key in self._written.items() if run in given}
-        if new := [run for run in runs if run[0] not in self._written]:
-            rows = (await connection.execute(look(table, new))).mappings()
-            self._written |= {row["run_id"]: row["key"] for row in rows if not row["vanished"]}
+    ) -> dict[Run, str]:
+        """Whose lock each run has. Returns the runs that were refused, and why."""
+        self._whose = {run: whose for run, whose in self._whose.items() if run in runs}
+        name = "key" if self.target.lock == "run" else "held_as"
+
+        async def learn(some: Sequence[Run]) -> None:
+            for row in (await connection.execute(look(table, some))).mappings():
+                if not row["vanished"]:
+                    self._whose[row["run_id"], row["held_by"]] = row[name]
+
+        refused: dict[Run, str] = {}
+        if new := [run for run in runs if run not in self._whose]:
+            try:
+                await one_by_one_at_worst(learn, new, refused)
+            except DBAPIError as error:
+                if is_outage(error):
+                    raise
+                refused = dict.fromkeys(new, describe(error))
+        return refused
 
     async def _see(
         self, connection: AsyncConnection, table: RunsTable, runs: Sequence[Run]
-    ) -> Beaten:
-        if not runs:
-            return Beaten({}, {})
+    ) -> tuple[dict[Run, timedelta | None], dict[Run, RunLost]]:
         proven: dict[Run, timedelta | None] = {}
         lost: dict[Run, RunLost] = {}
+        if not runs:
+            return proven, lost
         rows = (await connection.execute(look(table, runs))).mappings()
         by_run = {(row["run_id"], row["held_by"]): row for row in rows}
         for run in runs:
@@ -134,14 +159,9 @@ class Locks:
             by = lost_by(row)
             if by is not None:
                 lost[run] = RunLost(run[0], by, found(row))
-            elif self._whose(run) in self._held:
+            elif self._whose.get(run) in self._held:
                 proven[run] = self.lost_after
-        return Beaten(proven, lost)
-
-    def _whose(self, run: Run) -> str | None:
-        """Whose lock proves that a run is alive; None for a run that is gone."""
-        run_id, worker_id = run
-        return self._written.get(run_id) if self.target.lock == "run" else worker_id
+        return proven, lost
 
 
 def _each(table: RunsTable, whose: Collection[str], do: Any) -> Select[Any]:

@@ -140,7 +140,7 @@ def _claim(target: Target, run_id: str, worker_id: str, status: str | int | None
 
     async def work(engine: AsyncEngine, first: bool) -> bool:
         async with transaction(engine) as db:
-            table = await runs_table(db, target)
+            table = await runs_table(db, target, anew=True)
             if not table.has("worker_id"):
                 raise ConfigurationError(
                     f"{where(target)} has no column for worker_id: a claim could not be told"
@@ -150,7 +150,7 @@ def _claim(target: Target, run_id: str, worker_id: str, status: str | int | None
                 return won is not None
             row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
             # An earlier try was heard after all.
-            return bool(row["status"] == running and row["worker_id"] == worker_id)
+            return bool(row["status"] == running and row["own"])
 
     return work
 
@@ -180,7 +180,7 @@ def _claiming(table: RunsTable, run_id: str, worker_id: str, running: str) -> An
         update(table.table)
         .where(table.is_row(literal(run_id, Text)))
         .where(row.status.in_([literal(s, facts["status"].type) for s in free]))
-        .where(or_(row.worker_id.is_(None), table.text("worker_id") == worker_id))
+        .where(or_(row.worker_id.is_(None), table.is_same("worker_id", literal(worker_id, Text))))
         .values(values)
         .returning(literal(1))
     )
@@ -197,7 +197,7 @@ def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result)
 
     async def work(engine: AsyncEngine, first: bool) -> None:
         async with transaction(engine) as db:
-            table = await runs_table(db, target)
+            table = await runs_table(db, target, anew=True)
             if (await db.execute(_finishing(table, run_id, worker_id, result))).first():
                 return
             row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
@@ -205,7 +205,7 @@ def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result)
                 return  # an earlier try was heard after all
         by = lost_by(row) or LostBy.CHANGED_HANDS
         contested = by is LostBy.MARKED and await _contest(
-            engine, table, row["key"], worker_id, result
+            engine, table, row["key"], row["held_as"], result
         )
         raise RunLost(run_id, by, found(row), contested=contested)
 

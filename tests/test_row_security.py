@@ -1,0 +1,112 @@
+"""Row security: what it may hide from the role that sweeps is refused, or said."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import LiteralString
+
+import pytest
+from psycopg import sql
+from sqlalchemy import make_url
+
+from orphan_recovery import ConfigurationError
+from orphan_recovery.migrate import migrate
+from orphan_recovery.target import Target
+from support import Database
+from tables_support import configure, do, sweep
+
+JOBS = """
+[targets.jobs]
+table = "jobs"
+[targets.jobs.worker_heartbeat]
+table = "workers"
+key = "id"
+run_key = "worker_id"
+last_seen = "seen"
+"""
+OF_A_TENANT: LiteralString = "USING (tenant = current_setting('app.tenant', true))"
+OF_ALL: LiteralString = "USING (true)"
+
+
+@pytest.fixture
+def target(blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
+    """A run whose worker has just beaten, and one whose worker is dead; swept by another role."""
+    blank.do("CREATE TABLE workers (id text PRIMARY KEY, tenant text, seen timestamptz)")
+    blank.do(
+        "CREATE TABLE jobs (id text PRIMARY KEY, status text NOT NULL, worker_id text, tenant text,"
+        " created_at timestamptz)"
+    )
+    blank.do(
+        "INSERT INTO workers VALUES ('w', 'acme', now()), ('dead', 'acme', now() - interval '1 h')"
+    )
+    blank.do(
+        "INSERT INTO jobs VALUES ('live', 'running', 'w', 'acme', now() - interval '2 hours'),"
+        " ('orphan', 'running', 'dead', 'acme', now() - interval '2 hours')"
+    )
+    described = configure(tmp_path, monkeypatch, JOBS, "jobs")
+    migrate(described)
+    name, password = f"sweeper-{make_url(blank.url).database}", "its-own"
+    who = sql.Identifier(name)
+    do(blank, sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(who, password))
+    for schema in ("public", "orphan_recovery"):
+        grant = "GRANT USAGE ON SCHEMA {0} TO {1}; GRANT ALL ON ALL TABLES IN SCHEMA {0} TO {1}"
+        do(blank, sql.SQL(grant).format(sql.Identifier(schema), who))
+    url = make_url(blank.url).set(username=name, password=password)
+    monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url.render_as_string(hide_password=False))
+    yield described
+    do(blank, sql.SQL("DROP OWNED BY {}").format(who))
+    do(blank, sql.SQL("DROP ROLE {}").format(who))
+
+
+def secure(db: Database, table: LiteralString, *policies: LiteralString) -> None:
+    db.do("ALTER TABLE " + table + " ENABLE ROW LEVEL SECURITY")
+    for number, policy in enumerate(policies):
+        create = sql.SQL("CREATE POLICY {} ON " + table + " " + policy)
+        do(db, create.format(sql.Identifier(f"policy {number}")))
+
+
+def statuses(db: Database) -> dict[str, str]:
+    return {row["id"]: row["status"] for row in db.do("SELECT id, status FROM jobs")}
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        (OF_A_TENANT,),
+        ("FOR UPDATE " + OF_ALL,),
+        (OF_ALL, "AS RESTRICTIVE " + OF_A_TENANT),
+        ("TO CURRENT_USER " + OF_ALL,),
+        (),
+    ],
+    ids=["of a tenant", "of updates", "restricted", "of another role", "none"],
+)
+async def test_signs_of_life_that_may_be_hidden_are_no_evidence(
+    blank: Database, target: Target, policies: tuple[LiteralString, ...]
+) -> None:
+    """A worker that beats would look silent: nothing is judged."""
+    secure(blank, "workers", *policies)
+    with pytest.raises(ConfigurationError) as refused:
+        await sweep(target)
+    told = "targets.jobs.worker_heartbeat.table is 'workers', of which row security may hide rows"
+    assert told in str(refused.value)
+    assert statuses(blank) == {"live": "running", "orphan": "running"}
+
+
+@pytest.mark.parametrize(
+    "policies", [(OF_ALL,), ("FOR SELECT " + OF_ALL, OF_A_TENANT)], ids=["all", "one of two"]
+)
+async def test_a_policy_that_shows_every_row_is_no_doubt(
+    blank: Database, target: Target, policies: tuple[LiteralString, ...]
+) -> None:
+    secure(blank, "workers", *policies)
+    secure(blank, "jobs", OF_ALL)
+    report = await sweep(target)
+    assert (report.error, report.recovered) == (None, 1)
+    assert not any("row security" in warning for warning in report.warnings())
+    assert statuses(blank) == {"live": "running", "orphan": "crashed"}
+
+
+async def test_runs_that_may_be_hidden_are_told_of(blank: Database, target: Target) -> None:
+    secure(blank, "jobs", OF_A_TENANT)
+    report = await sweep(target)
+    assert (report.error, report.recovered) == (None, 0)
+    assert "row security" in report.headline()

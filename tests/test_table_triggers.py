@@ -1,0 +1,109 @@
+"""Triggers of the table: what one takes back is no mark, and what one raises is about its row."""
+
+from typing import LiteralString
+
+import pytest
+from psycopg import sql
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from orphan_recovery import detect_orphaned_runs, mark_run_as_crashed
+from orphan_recovery.condemn import UndoneError
+from orphan_recovery.mark import UndecidedError
+from orphan_recovery.recover import run_sweep
+from orphan_recovery.report import SweepReport
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.target import Target
+from support import Database
+from tables_support import do
+
+pytestmark = pytest.mark.usefixtures("impatient")
+
+RETURNS_OLD: LiteralString = "RETURN OLD;"
+KEEPS_STATUS: LiteralString = "NEW.status := OLD.status; RETURN NEW;"
+LEAVES_IT_OUT: LiteralString = "RETURN NULL;"
+
+
+def add_trigger(db: Database, run: str, body: LiteralString, argument: str = "") -> None:
+    """From now on that is done before each update of the run."""
+    db.do(
+        "CREATE FUNCTION interfere() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        + body
+        + " END $$"
+    )
+    create = sql.SQL(
+        "CREATE TRIGGER interfere BEFORE UPDATE ON worker_runs FOR EACH ROW"
+        " WHEN (OLD.id = {}) EXECUTE FUNCTION interfere({})"
+    )
+    do(db, create.format(run, argument))
+
+
+async def sweep(limit: int | None = None) -> SweepReport:
+    return await run_sweep(SweepRequest(target=Target(), asked_by="test", limit=limit))
+
+
+@pytest.mark.parametrize("limit", [None, 10], ids=["slices", "pages"])
+@pytest.mark.parametrize("body", [RETURNS_OLD, KEEPS_STATUS, LEAVES_IT_OUT])
+async def test_a_mark_that_a_trigger_takes_back_is_none(
+    db: Database, body: LiteralString, limit: int | None
+) -> None:
+    """Neither in the ledger nor in the row, of which nothing else is written then either."""
+    for run in ("a", "kept", "z"):
+        db.add_run(run)
+    add_trigger(db, "kept", body)
+    before = db.do("SELECT * FROM worker_runs WHERE id = 'kept'")
+    report = await sweep(limit)
+    assert (report.detected, report.recovered, report.failed) == (3, 2, 1)
+    assert db.outcomes() == {"a": "marked", "kept": "failed", "z": "marked"}
+    assert db.do("SELECT * FROM worker_runs WHERE id = 'kept'") == before
+    assert (db.sweeps()[0]["marked"], db.sweeps()[0]["ended_as"]) == (2, "failed")
+    [told] = [verdict["error"] for verdict in db.verdicts() if verdict["run_id"] == "kept"]
+    assert "a trigger of the table" in told
+
+
+async def test_many_slices_go_on_behind_what_a_trigger_takes_back(db: Database) -> None:
+    orphans = db.add_orphans(3_000)
+    add_trigger(db, orphans[1_500], KEEPS_STATUS)
+    report = await sweep()
+    assert (report.recovered, report.failed) == (2_999, 1)
+    assert db.status(orphans[1_500]) == "running"
+    assert sum(row["outcome"] == "marked" for row in db.verdicts()) == 2_999
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (RETURNS_OLD, UndoneError),
+        (KEEPS_STATUS, UndoneError),
+        (LEAVES_IT_OUT, UndecidedError),
+    ],
+)
+async def test_a_callers_mark_that_is_taken_back_is_raised(
+    db: Database, session: AsyncSession, body: LiteralString, error: type[Exception]
+) -> None:
+    db.add_run("kept")
+    add_trigger(db, "kept", body)
+    [run] = await detect_orphaned_runs(session)
+    with pytest.raises(error, match="'kept'"):
+        await mark_run_as_crashed(session, run)
+    await session.rollback()
+    assert db.verdicts() == []
+
+
+async def test_a_trigger_that_gives_a_crash_another_end_is_let(db: Database) -> None:
+    db.add_run("moved")
+    add_trigger(db, "moved", "NEW.status := 'failed'; RETURN NEW;")
+    assert (await sweep()).recovered == 1
+    assert db.status("moved") == "failed"
+
+
+@pytest.mark.parametrize("code", ["08001", "53400", "57P01"])
+@pytest.mark.parametrize("limit", [None, 10], ids=["slices", "pages"])
+async def test_what_a_trigger_raises_of_another_server_fails_its_run_alone(
+    db: Database, code: str, limit: int | None
+) -> None:
+    for run in ("a", "bad", "z"):
+        db.add_run(run)
+    add_trigger(db, "bad", "RAISE EXCEPTION 'no connection' USING ERRCODE = TG_ARGV[0];", code)
+    report = await sweep(limit)
+    assert (report.error, report.recovered, report.failed) == (None, 2, 1)
+    assert db.outcomes() == {"a": "marked", "bad": "failed", "z": "marked"}
