@@ -452,7 +452,7 @@ async def test_a_role_that_lacks_a_right_is_told_which(
     else:  # a question that could not be asked is a failure, not an omission
         assert {line.level for line in lines} == {Level.FAILURE}
         asked = {line.about for line in lines[1:]}
-        assert asked == {"statuses", "index", "clocks", "threshold"}
+        assert asked == {"statuses", "queue", "index", "clocks", "threshold"}
         assert all("could not be asked" in line.told for line in lines[1:])
 
 
@@ -547,6 +547,113 @@ async def test_what_the_table_cannot_tell_is_a_warning(blank: Database, nowhere:
     ]
     assert [line.about for line in lines[2:]] == ["truth trigger", "threshold", "last sweep"]
     assert "runs do not beat, so that age is taken for silence" in told[3]
+
+
+JOBS = (
+    "CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamptz, worker_id text,"
+    " started_at timestamptz, error text, completed_at timestamptz)"
+)
+EVENTS = Elsewhere(table="events", key="job", run_key="id", last_seen="at")
+
+
+async def about(what: str, target: Target) -> list[Finding]:
+    return [finding for finding in await examine(target) if finding.about == what]
+
+
+@pytest.mark.parametrize(
+    ("key", "kept", "level", "told"),
+    [
+        ("int", (1, 2), Level.OK, "2 of 2 runs in flight that point to 'events' find a time there"),
+        ("int", (1,), Level.OK, "1 of 2 runs in flight that point to"),
+        ("int", (7,), Level.WARNING, "0 of 2 runs in flight that point to 'events' find a time"),
+        ("text", (1,), Level.WARNING, "run_key 'id' is integer, and key 'job' of 'events' text"),
+        ("text", (7,), Level.FAILURE, "only their age is known; run_key 'id' is integer, and key"),
+    ],
+)
+async def test_whether_runs_find_their_events_is_a_line_of_its_own(
+    blank: Database,
+    nowhere: None,
+    key: str,
+    kept: tuple[int, ...],
+    level: Level,
+    told: str,
+) -> None:
+    blank.do(JOBS)
+    blank.do("INSERT INTO jobs SELECT n, 'running', now() FROM generate_series(1, 2) AS n")
+    blank.do("INSERT INTO jobs VALUES (3, 'completed', now())")
+    blank.do("CREATE TABLE events (job int, at timestamptz)")
+    blank.do("INSERT INTO events SELECT n, now() FROM unnest(%s::int[]) AS n", list(kept))
+    if key == "text":
+        blank.do("ALTER TABLE events ALTER job TYPE text")
+    [line] = await about("run_events", Target(name="mine", table="jobs", run_events=EVENTS))
+    assert (line.level, line.about) == (level, "run_events")
+    assert told in line.told
+    if level is not Level.OK:
+        assert "run_events names the columns that belong together" in (line.way_out or "")
+
+
+async def test_of_workers_only_the_runs_that_name_one_are_counted(
+    blank: Database, nowhere: None
+) -> None:
+    blank.do(JOBS)
+    blank.do("CREATE TABLE workers (id text PRIMARY KEY, seen timestamptz)")
+    kept = Elsewhere(table="workers", key="id", run_key="worker_id", last_seen="seen")
+    target = Target(name="mine", table="jobs", worker_heartbeat=kept)
+    blank.do("INSERT INTO jobs VALUES (1, 'queued', now(), NULL)")
+    [line] = await about("worker_heartbeat", target)
+    assert (line.level, line.told) == (Level.OK, "no run in flight points to 'workers'")
+    blank.do("INSERT INTO jobs VALUES (2, 'running', now(), 'gone')")
+    [line] = await about("worker_heartbeat", target)
+    assert line.level is Level.WARNING
+    assert "0 of 1 runs in flight that point to 'workers'" in line.told
+    assert "so that only their age is known; their key is not there" in line.told
+
+
+async def test_a_backlog_that_would_be_marked_is_a_warning_and_a_rule_is_the_way_out(
+    well: Database, nowhere: None
+) -> None:
+    for number in range(3):
+        well.add_run(f"waits-{number}", status="queued", worker=None)
+    well.do("UPDATE worker_runs SET started_at = NULL WHERE worker_id IS NULL")
+    well.add_run("just queued", status="queued", worker=None, age="1 minute")
+    well.add_run("begun", status="queued", worker="w1")
+    [line] = [line for line in amiss(await examine(Target())) if line.about == "queue"]
+    assert line.level is Level.WARNING
+    assert line.told.endswith("silent for their threshold, and would be marked: queued: 3")
+    assert 'match = { status = "queued" } and a longer threshold_minutes, or never' in line.way_out
+    for so in ({"never": True}, {"threshold_minutes": 240}):
+        rule = Rule(match={"status": "queued"}, **so)
+        assert await about("queue", Target(rules=(rule,))) == []
+
+
+async def test_where_no_worker_is_kept_nobody_knows_what_was_begun(
+    blank: Database, nowhere: None
+) -> None:
+    blank.do("CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamptz)")
+    blank.do("INSERT INTO jobs VALUES (1, 'running', now() - interval '2 hours')")
+    assert await about("queue", Target(name="mine", table="jobs")) == []
+
+
+@pytest.mark.parametrize("later", [("completed", "crashed"), None], ids=["alike", "unlike"])
+async def test_a_truth_trigger_that_is_not_asked_for_any_more_is_said_with_what_drops_it(
+    blank: Database, nowhere: None, later: tuple[str, ...] | None
+) -> None:
+    blank.do(JOBS)
+    was = Target(name="mine", table="jobs", terminal=("completed", "crashed"), truth_trigger=True)
+    migrate(was)
+    assert [line.level for line in await about("truth trigger", was)] == [Level.OK]
+    target = Target(name="mine", table="jobs", terminal=later)
+    migrate(target)
+    [line] = await about("truth trigger", target)
+    assert line.level is Level.WARNING
+    assert "terminal rows are immutable, though" in line.told
+    assert "targets.mine.truth_trigger does not ask for that" in line.told
+    way_out = line.way_out or ""
+    assert way_out.startswith("set it to true; or, as the owner: DROP TRIGGER")
+    drop: Any = way_out.partition("as the owner: ")[2]
+    blank.do(drop)
+    [line] = await about("truth trigger", target)
+    assert "nothing keeps a late worker from overwriting" in line.told
 
 
 def test_the_exit_code_is_1_exactly_when_something_fails(

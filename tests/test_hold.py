@@ -16,9 +16,11 @@ import pytest
 from conftest import _database
 from orphan_recovery import ConfigurationError
 from orphan_recovery.database import database_url, make_engine, transaction
+from orphan_recovery.doctor import examine
+from orphan_recovery.finding import Finding, Level
 from orphan_recovery.hold import approve
 from orphan_recovery.recover import run_sweep
-from orphan_recovery.report import SweepReport, as_markdown
+from orphan_recovery.report import SweepReport, as_markdown, iso
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Columns, Rule, Target
 from orphan_recovery.targets import find_target
@@ -148,7 +150,7 @@ def test_the_command_line_exits_3_says_what_it_saw_and_what_to_do(db: Database) 
     assert done.returncode == 3
     assert done.stdout.startswith("HELD: 10 of 10 workers look dead since ")
     assert f"(hold {hold['hold_id']})" in done.stdout
-    assert "next: See whether those workers live: " in done.stderr
+    assert "next: See whether those workers live (silent-01, silent-02, " in done.stderr
     assert f"`orphan-recovery approve {hold['hold_id']} --target default`" in done.stderr
     as_json = run("orphan-recovery", "sweep", "--json")
     assert as_json.returncode == 3
@@ -156,6 +158,25 @@ def test_the_command_line_exits_3_says_what_it_saw_and_what_to_do(db: Database) 
     well = run("orphan-recovery", "doctor")
     assert f"hold {hold['hold_id']} stands since " in well.stdout
     assert f"`orphan-recovery approve {hold['hold_id']} --target default`" in well.stdout
+
+
+async def test_doctor_says_of_a_hold_whether_somebody_has_released_it(db: Database) -> None:
+    add_workers(db, 10, silent=True)
+    held = (await sweep()).held
+    assert held is not None
+
+    async def line() -> Finding:
+        [found] = [finding for finding in await examine(Target()) if finding.about == "hold"]
+        return found
+
+    assert (await line()).level is Level.WARNING
+    _, expires_at = await release(db, held.hold_id)
+    told = await line()
+    assert (told.level, told.way_out) == (Level.OK, None)
+    assert f"it is released until {iso(expires_at)}, and the next sweep marks its" in told.told
+    db.do("ALTER TABLE orphan_recovery.approvals DISABLE TRIGGER USER")
+    db.do("UPDATE orphan_recovery.approvals SET expires_at = now() - interval '1 second'")
+    assert (await line()).level is Level.WARNING, "a release that has expired is none"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def a_role(db: Database, what: str = "sweep") -> Iterator[str]:
     try:
         yield name
     finally:
-        if db.do("SELECT FROM pg_roles WHERE rolname = %s", name):
+        if db.do("SELECT rolname FROM pg_roles WHERE rolname = %s", name):
             for command in ("DROP OWNED BY {}", "DROP ROLE {}"):
                 identifier = psycopg.sql.Identifier(name)
                 db.do(psycopg.sql.SQL(command).format(identifier))  # type: ignore[arg-type]

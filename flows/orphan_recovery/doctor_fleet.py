@@ -3,6 +3,7 @@
 The hazard is a fleet that lives, and whose signs of life do not say so. Reads only.
 """
 
+import json
 from datetime import timedelta
 from typing import Final
 
@@ -56,15 +57,15 @@ async def look_at_queue(asked: Examined) -> list[Finding]:
     if not waiting:
         return []
     told = ", ".join(f"{status}: {runs:,}" for status, runs in sorted(waiting.items()))
-    rule = f'match = {{ status = "{min(waiting)}" }}'
+    rule = f"match = {{ status = {json.dumps(min(waiting), ensure_ascii=False)} }}"
     return [
         Finding(
             Level.WARNING,
             "queue",
-            f"runs that no worker has begun are silent for their threshold, and would be marked: "
+            "runs that no worker has begun are silent for their threshold, and would be marked: "
             f"{told}",
-            f"if runs may wait so long, give them {where(table.target, 'rules')} with {rule} and a "
-            "longer threshold_minutes, or never = true",
+            f"if runs may wait so long, say so by a rule in {where(table.target, 'rules')}, with "
+            f"{rule} and a longer threshold_minutes, or never = true",
         )
     ]
 

@@ -10,6 +10,7 @@ from sqlalchemy import Select, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from orphan_recovery.ddl import (
+    TRUTH_TRIGGER,
     create_index,
     drop_truth_trigger,
     truth_trigger_is_there,
@@ -105,7 +106,9 @@ async def look_at_elsewhere(asked: Examined) -> list[Finding]:
             f"{kept.unlike[1]}: they are compared as texts, which no index of theirs serves"
         )
         way_out = f"see whether {where(table.target, what)} names the columns that belong together"
-        told = f"{heard} of {runs} runs in flight find a time in {asks.table!r}"
+        told = f"{heard} of {runs} runs in flight that point to {asks.table!r} find a time there"
+        if not runs:
+            told = f"no run in flight points to {asks.table!r}"
         if runs and not heard:
             level = Level.FAILURE if unlike else Level.WARNING
             told = f"{told}, so that only their age is known; {unlike or 'their key is not there'}"
@@ -201,9 +204,15 @@ async def look_at_index(asked: Examined) -> list[Finding]:
 async def look_at_truth_trigger(asked: Examined) -> list[Finding]:
     target = asked.table.target
     is_wanted = target.is_default_table or target.truth_trigger
-    if await asked.db.run_sync(truth_trigger_is_there, asked.table):
-        if is_wanted:
-            return [Finding(Level.OK, "truth trigger", "terminal rows are immutable")]
+    if is_wanted and await asked.db.run_sync(truth_trigger_is_there, asked.table):
+        return [Finding(Level.OK, "truth trigger", "terminal rows are immutable")]
+    # As an earlier description had it: its statuses need not be those of today's.
+    left = text(
+        "SELECT EXISTS (SELECT FROM pg_trigger"
+        " WHERE tgrelid = :oid AND tgname = :name AND tgenabled <> 'D')"
+    )
+    about = {"oid": asked.table.relation.oid, "name": TRUTH_TRIGGER}
+    if not is_wanted and await asked.db.scalar(left, about):
         return [
             Finding(
                 Level.WARNING,
