@@ -1,16 +1,19 @@
 """The schema: applied again and again, taken away again, and an existing table adopted."""
 
+import re
 import threading
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from orphan_recovery import ConfigurationError, recover_orphaned_runs
 from orphan_recovery import migrate as schema
 from orphan_recovery.migrate import Migration, migrate, newest_revisions, unmigrate
 from orphan_recovery.target import Target
 from support import Database
+from tables_support import do
 
 COLUMNS = {
     *("id", "tenant_id", "worker_id", "task", "input_json", "status", "success", "error"),
@@ -93,6 +96,49 @@ async def test_down_destroys_neither_runs_nor_the_ledger(db: Database) -> None:
         unmigrate()
     assert len(db.verdicts()) == 1
     assert db.status("run") == "crashed"
+
+
+def own_indexes(db: Database) -> int:
+    return int(
+        db.one(
+            "SELECT count(*) FROM pg_indexes WHERE indexname LIKE '%in_flight' OR indexname LIKE"
+            " '%crashed'"
+        )
+    )
+
+
+async def test_down_goes_on_once_the_owner_has_dropped_the_schema_as_it_said(db: Database) -> None:
+    db.add_run("run")
+    await recover_orphaned_runs()
+    with pytest.raises(ConfigurationError, match="run this again, for what is left") as refused:
+        unmigrate()
+    [drop] = re.findall("DROP SCHEMA .* CASCADE", str(refused.value))
+    do(db, sql.SQL(drop))
+    assert own_indexes(db) == 2
+    did = unmigrate()
+    assert (did.before, did.after) == ("none", "none")
+    assert did.done == ("drop index worker_runs_in_flight", "drop index worker_runs_crashed")
+    assert (own_indexes(db), db.status("run")) == (0, "crashed")
+    assert unmigrate().done == ()
+
+
+async def test_down_takes_what_is_left_on_a_second_table_of_the_database(blank: Database) -> None:
+    """The first one took the ledger for both."""
+    first, second = (Target(name=name, table=name, terminal=("crashed",)) for name in ("a", "b"))
+    for target in (first, second):
+        table = sql.SQL("CREATE TABLE {} (id int PRIMARY KEY, status text, created_at timestamptz)")
+        do(blank, table.format(sql.Identifier(target.table)))
+        migrate(target)
+    unmigrate(first)
+    assert unmigrate(second).done == ("drop index b_in_flight",)
+    assert own_indexes(blank) == 0
+
+
+@pytest.mark.parametrize(
+    "target", [Target(), Target(name="mine", table="mine")], ids=["own", "any"]
+)
+def test_down_where_there_is_no_table_has_nothing_to_do(blank: Database, target: Target) -> None:
+    assert unmigrate(target) == Migration("none", "none", ())
 
 
 def test_down_leaves_a_table_with_rows(db: Database) -> None:

@@ -182,10 +182,15 @@ def test_without_a_file_there_is_the_default_table(
 
 HEAD = "[targets.billing]\n"
 COLUMNS = f"{HEAD}[targets.billing.columns]\n"
+IN_FLIGHT = "in_flight = ['running', 'on hold']\n"
 RULE = f"{HEAD}[[targets.billing.rules]]\nmatch = {{ task = 'x' }}\n"
 ELSEWHERE = (
     f"{HEAD}[targets.billing.worker_heartbeat]\ntable = 'w'\nkey = 'id'\nrun_key = 'worker_id'\n"
 )
+
+
+def rule_for(status: str) -> str:
+    return f"[[targets.billing.rules]]\nmatch = {{ status = '{status}' }}\nnever = true\n"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +272,15 @@ ELSEWHERE = (
         (f"{HEAD}threshold_minutes = true", "targets.billing.threshold_minutes is True", ""),
         (f"{HEAD}threshold_minutes = 9999999", "targets.billing.threshold_minutes is 9", "5256000"),
         (f"{RULE}threshold_minutes = 0", "targets.billing.rules.0.threshold_minutes is 0", "1"),
+        (
+            f"{RULE}never = true\n{rule_for('que?')}",
+            "targets.billing.rules.1.match.status is 'que?', which is none of in_flight",
+            "('queued', 'running'): the rule would match no run; name one of these",
+        ),
+        *(
+            (f"{HEAD}{IN_FLIGHT}{rule_for(pattern)}", f"0.match.status is '{pattern}', ", "none of")
+            for pattern in ("crashed", "runnin", "running?", "?n hol", "r.nning", "[r]unning")
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_one_error_with_file_key_and_way_out(
@@ -285,6 +299,14 @@ def test_all_mistakes_are_told_at_once(file: File) -> None:
     told = refusal()
     for key in ("billing.tabel", "billing.threshold_minutes", "other.crashed"):
         assert f"{file}: targets.{key} " in told
+
+
+@pytest.mark.parametrize("pattern", ["running", "RUNNING", "r*", "*", "on hol?", "*hold"])
+def test_a_rule_for_a_status_that_is_in_flight_is_none(file: File, pattern: str) -> None:
+    """Whatever its case: where the column is a citext, that is all one."""
+    file.says(f"{HEAD}{IN_FLIGHT}{rule_for(pattern)}")
+    [rule] = load_targets()["billing"].rules
+    assert rule.match == {"status": pattern}
 
 
 @pytest.mark.parametrize(
@@ -371,6 +393,7 @@ def test_a_target_may_be_described_by_the_environment_alone(
         ("IN_FLIGHT", '["queued"', "JSON"),
         ("RULES", '[{"match": {"task": "x"}}]', "give either threshold_minutes, or never"),
         ("COLUMNS", '{"stauts": "x"}', "did you mean 'status'?"),
+        ("RULES", '[{"match": {"status": "x"}, "never": true}]', "none of in_flight ('claimed', "),
     ],
 )
 def test_a_mistake_in_a_variable_is_told_by_the_variable(

@@ -24,14 +24,14 @@ from sqlalchemy import URL, Connection, create_engine, exists, func, select, tex
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from orphan_recovery.catalog import Relation
+from orphan_recovery.catalog import Relation, look_up
 from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address
 from orphan_recovery.ddl import Change, changes, undoing
 from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA, sweeps
 from orphan_recovery.policy import sqlstate
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.target import Target
+from orphan_recovery.target import Target, split_table
 from orphan_recovery.targets import find_target
 
 LOCK_TIMEOUT_MS: Final = 5_000
@@ -86,10 +86,11 @@ def migrate(target: Target | None = None, url: URL | None = None) -> Migration:
 
 
 def unmigrate(target: Target | None = None, url: URL | None = None) -> Migration:
-    """Take away what :func:`migrate` made. Commits.
+    """Take away what :func:`migrate` made, or what is left of it. Commits.
 
     An adopted runs table and its rows stay. A table that was created here is dropped only when
-    it is empty, and the ledger only when it is empty.
+    it is empty, and the ledger only when it is empty. Where the owner has dropped the schema, the
+    table's indexes are left, and go; where there is no such table, there is nothing to do.
 
     Raises:
         ConfigurationError: what is still there would be lost; the message says what to do.
@@ -97,13 +98,15 @@ def unmigrate(target: Target | None = None, url: URL | None = None) -> Migration
     target = target or find_target()
 
     def step(connection: Connection, config: Config) -> list[str]:
-        if not revisions(connection):
-            return []
-        if connection.scalar(select(exists().select_from(sweeps))):
+        there = revisions(connection)
+        if there and connection.scalar(select(exists().select_from(sweeps))):
             raise ConfigurationError(
-                "the ledger holds sweeps, which a downgrade would destroy: keep a copy, then drop "
-                f"the schema yourself with DROP SCHEMA {SCHEMA} CASCADE"
+                "the ledger holds sweeps, which a downgrade would destroy: keep a copy, drop the "
+                f"schema yourself with DROP SCHEMA {SCHEMA} CASCADE, and run this again, for what "
+                "is left on the table"
             )
+        if look_up(connection, *split_table(target.table)) is None and not there:
+            return []
         runs = describe_runs(connection, target)
         guarded = text(GUARDED_TABLES)
         if others := list(connection.scalars(guarded, {"own": runs.relation.oid})):
@@ -114,9 +117,9 @@ def unmigrate(target: Target | None = None, url: URL | None = None) -> Migration
         undone = undoing(connection, runs)
         connection.commit()
         _execute(connection, undone)
-        for branch in reversed(_branches(target)):
+        for branch in reversed(_branches(target)) if there else ():
             command.downgrade(config, f"{branch}@base")
-        if not revisions(connection):  # leave nothing behind
+        if there and not revisions(connection):  # leave nothing behind
             connection.execute(text(f"DROP TABLE {SCHEMA}.{VERSION_TABLE}"))
             connection.execute(text(f"DROP SCHEMA {SCHEMA}"))
         connection.commit()

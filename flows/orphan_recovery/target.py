@@ -206,6 +206,15 @@ class Rule(_Described):
         kept = (self.threshold_minutes, self.never, self.reason)
         return hash((*sorted(self.match.items()), *kept))
 
+    def may_match_status(self, statuses: tuple[str, ...]) -> bool:
+        """Whether one of ``statuses`` fits; so it does where the rule does not look at it.
+
+        Whatever its case: there are columns to which it is all one.
+        """
+        pattern = re.escape(self.match.get("status", "*").lower())
+        pattern = pattern.replace(r"\*", ".*").replace(r"\?", ".")
+        return any(re.fullmatch(pattern, status.lower(), re.DOTALL) for status in statuses)
+
     @property
     def name(self) -> str:
         """What it matches, for the ledger."""

@@ -95,6 +95,7 @@ def _targets(path: Path, text: str, _environment: tuple[tuple[str, str], ...]) -
             "given as JSON there"
         ) from None
     _refuse_strangers(path, data, targets)
+    _refuse_idle_rules(path, targets)
     alike: dict[str, str] = {}
     for name in targets:
         other = alike.setdefault(name.replace("_", "-"), name)
@@ -119,6 +120,22 @@ def _refuse_strangers(path: Path, data: dict[str, Any], targets: dict[str, Targe
             f"{path} does not have: {hint}a target of the environment alone needs at least "
             f"{TARGETS_PREFIX}__{name.upper()}__TABLE"
         )
+
+
+def _refuse_idle_rules(path: Path, targets: dict[str, Target]) -> None:
+    """A rule for a status that is not in flight matches no run: by a ``never`` that is misspelt
+    nothing would be protected."""
+    idle = [
+        f"{_place(path, ['targets', name, 'rules', str(number), 'match', 'status'])} is "
+        f"{rule.match['status']!r}, which is none of in_flight "
+        f"({', '.join(map(repr, target.in_flight))}): the rule would match no run; name one of "
+        "these, or leave the rule out"
+        for name, target in targets.items()
+        for number, rule in enumerate(target.rules)
+        if not rule.may_match_status(target.in_flight)
+    ]
+    if idle:
+        raise ConfigurationError("; ".join(idle))
 
 
 def find_target(name: str | None = None) -> Target:
