@@ -49,7 +49,12 @@ def test_migrate_sweep_summary(blank: Database) -> None:
     told = json.loads(run("summary", "--json").stdout)
     assert told["total_crashed"] == 2
     assert told["recent_crashes"][0]["error"].startswith("node lost; ")
-    assert "2 crashed in all" in run("summary").stdout
+    blank.add_run("nobody's", worker=None, tenant=None)
+    run("sweep")
+    shown = run("summary").stdout
+    assert "3 crashed in all" in shown
+    assert f"  {orphans[0]}  (worker worker-1, no tenant)" in shown
+    assert "  nobody's  (no worker, no tenant)" in shown
 
 
 def test_sweep_prints_json_for_scripts_and_nothing_else(db: Database) -> None:

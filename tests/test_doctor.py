@@ -239,7 +239,7 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             {},
             Level.FAILURE,
             "clocks",
-            "1 runs have a sign of life in the database's future (w5)",
+            "1 run in flight with a sign of life in the database's future (w5)",
             "set those hosts' clocks right",
         ),
         (
@@ -286,7 +286,7 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             {},
             Level.WARNING,
             "threshold",
-            "only 0 runs beat just now",
+            "no run beat just now",
             "heartbeat_seconds",
         ),
         (
@@ -301,7 +301,7 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             {},
             Level.WARNING,
             "contests",
-            "1 verdicts of the last 30 days were contested by a worker that lived, of 1: more than",
+            "1 of 1 verdicts of the last 30 days contested by a worker that lived: more than the",
             "give them a longer threshold",
         ),
         (

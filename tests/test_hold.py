@@ -125,8 +125,9 @@ async def test_a_sweep_that_would_crash_most_of_a_fleet_marks_nothing_and_asks(
     as_dict = report.as_dict()
     assert (as_dict["held"], as_dict["hold"]) == (11, str(hold["hold_id"]))
     assert report.headline().startswith(
-        f"HELD: 11 of 20 workers look dead since {saw['silent_since']}, 11 orphaned runs not "
-        f"marked (hold {hold['hold_id']}); no other orphaned run found"
+        f"HELD: 11 of 20 workers look dead since {saw['silent_since']} (silent-01, silent-02, "
+        f"silent-03 and 8 more), 11 orphaned runs not marked (hold {hold['hold_id']}); no other "
+        "orphaned run found"
     )
     shown = as_markdown(report)
     assert "## What was not dared" in shown

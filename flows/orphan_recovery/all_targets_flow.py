@@ -13,6 +13,7 @@ from pydantic import Field
 
 from orphan_recovery.flow import recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
+from orphan_recovery.report import counted
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH
 from orphan_recovery.targets import load_targets
 
@@ -52,13 +53,14 @@ async def recover_all_targets(
         f"{name}: {(state.message or str(state.name)).removeprefix(f'{name}: ')}"
         for name, state in states.items()
     )
+    every = counted(len(states), "target")
     if failed:
-        message = f"{len(failed)} of {len(states)} targets FAILED ({', '.join(failed)}). {told}"
+        message = f"{len(failed)} of {every} FAILED ({', '.join(failed)}). {told}"
         return Failed(message=message)
     if held:
-        message = f"{len(held)} of {len(states)} targets HELD ({', '.join(held)}). {told}"
+        message = f"{len(held)} of {every} HELD ({', '.join(held)}). {told}"
         return Failed(name=HELD, message=message)
-    return Completed(message=f"{len(states)} targets {'looked at' if dry_run else 'swept'}. {told}")
+    return Completed(message=f"{every} {'looked at' if dry_run else 'swept'}. {told}")
 
 
 def _held(state: State[Any]) -> bool:

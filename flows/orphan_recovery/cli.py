@@ -178,17 +178,18 @@ def summary(target: TargetName = None, as_json: AsJson = False) -> None:
     """Show how many runs stand crashed, the newest ten, and how many verdicts were contested."""
     from orphan_recovery.summarize import summarize_target
 
-    told = asyncio.run(summarize_target(find_target(target)))
+    summed = asyncio.run(summarize_target(find_target(target)))
     if as_json:
-        typer.echo(json.dumps(told, indent=2))
+        typer.echo(json.dumps(summed, indent=2))
         return
-    for crash in told["recent_crashes"]:
-        held = f"worker {crash['worker_id'] or '(none)'}, tenant {crash['tenant_id'] or '(none)'}"
-        typer.echo(f"{crash['crashed_at'] or '(no time)'}  {crash['run_id']}  ({held})")
+    for crash in summed["recent_crashes"]:
+        whose = (("worker", crash["worker_id"]), ("tenant", crash["tenant_id"]))
+        told = ", ".join(f"{what} {who}" if who else f"no {what}" for what, who in whose)
+        typer.echo(f"{crash['crashed_at'] or '(no time)'}  {crash['run_id']}  ({told})")
         typer.echo(f"    {crash['error'] or '(no error text)'}")
-    more = ", the newest ten above" if told["total_crashed"] > 10 else ""
-    typer.echo(f"{told['total_crashed']} crashed in all{more}")
-    if (contests := told["contests"]) and contests["contested"]:
+    more = ", the newest ten above" if summed["total_crashed"] > 10 else ""
+    typer.echo(f"{summed['total_crashed']} crashed in all{more}")
+    if (contests := summed["contests"]) and contests["contested"]:
         share = f"{contests['contested']} of {contests['verdicts']} ({contests['rate']:.1%})"
         typer.echo(f"{share} verdicts of the last 30 days were contested by a worker that lived")
         for side in ("task", "worker"):

@@ -14,7 +14,7 @@ from orphan_recovery.doctor_time_zone import naive_times
 from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.finding import Examined, Finding, Level
 from orphan_recovery.ledger import SCHEMA, Ended, approvals, holds, sweeps
-from orphan_recovery.report import iso, some_of, span
+from orphan_recovery.report import counted, iso, some_of, span
 from orphan_recovery.rules import shortest
 from orphan_recovery.schedule import DEFAULT_INTERVAL
 from orphan_recovery.targets import where
@@ -28,7 +28,8 @@ async def look_at_clocks(asked: Examined) -> list[Finding]:
     found = []
     if fleet.ahead:
         workers = ", ".join(fleet.ahead_workers) or "no worker named"
-        told = f"{fleet.ahead} runs have a sign of life in the database's future ({workers})"
+        runs = counted(fleet.ahead, "run")
+        told = f"{runs} in flight with a sign of life in the database's future ({workers})"
         way_out = "set those hosts' clocks right, and let workers beat with the database's now()"
         if naive_times(asked.table):
             way_out += "; or see below, at time zone: some columns have none"
@@ -166,9 +167,10 @@ async def look_at_contests(asked: Examined) -> list[Finding]:
     if await asked.db.scalar(select(func.to_regclass(f"{SCHEMA}.contests"))) is None:
         return []  # said already: there is no ledger
     now = await look_at_circumstances(asked.db, asked.request)
-    told = f"{now.contested} verdicts of the last 30 days were contested by a worker that lived"
+    which = f"{now.contested} of {now.marked} verdicts" if now.contested else "none of the verdicts"
+    told = f"{which} of the last 30 days contested by a worker that lived"
     if now.contested > target.contest_limit * now.marked:
-        told = f"{told}, of {now.marked}: more than the limit of {target.contest_limit:.1%}"
+        told = f"{told}: more than the limit of {target.contest_limit:.1%}"
         way_out = "`orphan-recovery summary` says for which tasks; give them a longer threshold"
         return [Finding(Level.WARNING, "contests", told, way_out)]
     return [Finding(Level.OK, "contests", told)]

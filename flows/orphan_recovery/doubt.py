@@ -18,7 +18,7 @@ from orphan_recovery.database import Executor, Span, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Fleet, Silence
 from orphan_recovery.ledger import contests, holds, sweeps, verdicts
-from orphan_recovery.report import span
+from orphan_recovery.report import counted, span
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.run import Evidence
@@ -147,7 +147,8 @@ async def beat_of(db: Executor, request: SweepRequest) -> tuple[timedelta | None
     table = await runs_table(db, request.target)
     row = (await db.execute(_beating(table, request))).mappings().one()
     if row["runs"] < LEAST_SAMPLE:
-        return None, f"only {row['runs']} runs beat just now"
+        only = f"only {counted(row['runs'], 'run')}" if row["runs"] else "no run"
+        return None, f"{only} beat just now"
     return 2 * row["median"], f"estimated from {row['runs']} runs that beat"
 
 

@@ -151,8 +151,7 @@ class SweepReport:
         """One line that tells what happened, worst news first."""
         if not self.enabled:
             return "recovery is switched off: nothing was read and nothing was marked"
-        minutes = self.request.minutes
-        threshold = f"{minutes} minute{'' if minutes == 1 else 's'}"
+        threshold = counted(self.request.minutes, "minute")
         if not self.request.by_rules:
             threshold = span(self.request.threshold)
         if self.request.dry_run:
@@ -187,41 +186,60 @@ class SweepReport:
             told = f"stopped before its end: {self.error}; until then {told}"
         if self.request.target.name != DEFAULT_TARGET:
             told = f"{self.request.target.name}: {told}"
-        return told + "".join(f"; {warning}" for warning in self.warnings())
+        return told + "".join(f"; {warning}" for warning, _ in self.warnings())
 
-    def warnings(self) -> list[str]:
-        """What a person has to look at besides: runs that silence cannot judge, and the like."""
+    def warnings(self) -> list[tuple[str, str]]:
+        """What a person has to look at besides, such as runs that silence cannot judge; and what
+        to do about each."""
         if self.fleet is None:
             return []
-        found = []
+        found, target = [], self.request.target
         if self.doubted:
             found.append(
-                f"a sweep would not believe that at once, because {self.doubted}: it looks twice, "
-                "leaves what has beaten to the next one, or asks a person"
+                (
+                    f"a sweep would not believe that at once, because {self.doubted}",
+                    "See whether the workers of these runs live. A sweep will look twice, leave "
+                    "what has beaten to the next one, or ask a person.",
+                )
             )
         if self.postponed:
             one = self.fleet.beating == 1
             whose = f"{_runs(self.fleet.beating)} that {'has' if one else 'have'} beaten"
-            left = "is" if one else "are"
-            found.append(f"{whose} {left} left to the next sweep, because {self.postponed}")
-        if self.contested_lately > self.request.target.contest_limit * self.marked_lately:
             found.append(
-                f"{self.contested_lately} of {self.marked_lately} verdicts of the last 30 days "
-                "were contested by a worker that lived: the threshold is too short for them"
+                (
+                    f"{whose} {'is' if one else 'are'} left to the next sweep, because "
+                    f"{self.postponed}",
+                    "Let the next sweep come: it marks those of them that are silent still.",
+                )
+            )
+        if self.contested_lately > target.contest_limit * self.marked_lately:
+            found.append(
+                (
+                    f"{self.contested_lately} of {self.marked_lately} verdicts of the last 30 days "
+                    "were contested by a worker that lived",
+                    "Give the tasks whose verdicts are contested a longer threshold: "
+                    f"`orphan-recovery summary --target {target.name}` names them.",
+                )
             )
         if self.fleet.undatable:
             found.append(
-                f"{self.fleet.undatable} in flight without any sign of life "
-                "(all the times that would show one are empty) cannot be judged; `orphan-recovery "
-                "doctor` names some"
+                (
+                    f"{self.fleet.undatable} in flight without any sign of life cannot be judged",
+                    f"See what `orphan-recovery doctor --target {target.name}` says of clocks: it "
+                    "names runs whose times are all empty. Name all columns with times in the "
+                    "target's description, set created_at, or end those runs by hand.",
+                )
             )
         if self.fleet.ahead:
             named = self.fleet.ahead_workers
-            workers = f"worker {', '.join(named)}" if named else "whoever wrote it"
+            workers = f" (worker {', '.join(named)})" if named else ""
             found.append(
-                f"{self.fleet.ahead} in flight with a sign of life in the database's future "
-                f"cannot be judged; check the clock of {workers}, and let workers beat with now(), "
-                "in UTC where the column has no time zone"
+                (
+                    f"{self.fleet.ahead} in flight with a sign of life in the database's future "
+                    f"cannot be judged{workers}",
+                    f"Set the clock of {'those hosts' if named else 'whoever wrote it'} right, and "
+                    "let workers beat with now(), in UTC where the column has no time zone.",
+                )
             )
         return found
 
@@ -259,7 +277,7 @@ class SweepReport:
                 "the ledger say why, run by run. The next sweep tries again; a cause that stays "
                 "(a trigger, a permission) fails again until it is mended."
             )
-        steps += [warning[0].upper() + warning[1:] + "." for warning in self.warnings()]
+        steps += [way_out for _, way_out in self.warnings()]
         return steps
 
     def as_dict(self) -> dict[str, Any]:
@@ -376,8 +394,13 @@ def some_of(names: list[str], count: int) -> str:
     return f" ({', '.join(names)}{f' and {more} more' if more > 0 else ''})"
 
 
+def counted(number: int, what: str) -> str:
+    """So many of them: ``1 run``, ``2 runs``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _runs(count: int) -> str:
-    return f"{count} orphaned run{'' if count == 1 else 's'}"
+    return counted(count, "orphaned run")
 
 
 def _why(verdict: Verdict) -> str:

@@ -286,7 +286,7 @@ class Target(_Described):
             if both:
                 raise ValueError(f"{one} and {other} both have {', '.join(sorted(both))}")
         if self.terminal is not None and self.crashed not in self.terminal:
-            raise ValueError(f"terminal does not have {self.crashed!r}, which crashed is")
+            raise ValueError(f"crashed is {self.crashed!r}, which terminal does not have")
         if self.truth_trigger and self.terminal is None:
             raise ValueError("truth_trigger needs to know the terminal statuses: give terminal")
         used: dict[str, str] = {}

@@ -223,6 +223,15 @@ def _read_file() -> tuple[Path, str]:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
 
 
+_PLAINLY: Final = {
+    "Input should be greater than or equal to": "Give at least",
+    "Input should be less than or equal to": "Give at most",
+    "Input should be greater than": "Give more than",
+    "Input should be": "Give",
+}
+"""How pydantic says it, and how people do."""
+
+
 def _explain(path: Path, problem: Any) -> str:
     keys = [str(part) for part in problem["loc"]]
     place = _place(path, keys)
@@ -231,7 +240,9 @@ def _explain(path: Path, problem: Any) -> str:
         close = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{place} is no key: {hint}known are {', '.join(known)}"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "Give")
+    message = problem["msg"].removeprefix("Value error, ")
+    for told, meant in _PLAINLY.items():
+        message = message.replace(told, meant)
     value = problem["input"]
     if keys[-1:] in (["database_url_env"], ["database_url_secret"]) or problem["type"] == "missing":
         return f"{place}: {message[0].lower()}{message[1:]}"

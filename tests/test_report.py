@@ -1,0 +1,102 @@
+"""The report in words: the headline says what is, the next steps what to do, and neither twice."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from orphan_recovery.detect import Fleet
+from orphan_recovery.report import SweepReport
+from orphan_recovery.request import SweepRequest
+from orphan_recovery.target import Target
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def report(*, dry_run: bool = False, ahead: int = 0, undatable: int = 0) -> SweepReport:
+    """Of a sweep that saw three runs in flight, one of which has beaten."""
+    request = SweepRequest(asked_by="test", target=Target(name="billing"), dry_run=dry_run)
+    told = SweepReport(request)
+    told.fleet = Fleet(
+        seen_at=datetime.now(UTC),
+        in_flight=3,
+        orphans=1,
+        beating=1,
+        exempt=0,
+        undatable=undatable,
+        ahead=ahead,
+        ahead_workers=["w1", "w2"] if ahead else [],
+    )
+    return told
+
+
+def doubted() -> SweepReport:
+    told = report(dry_run=True)
+    told.doubted = "the server was started 2 s ago"
+    return told
+
+
+def postponed() -> SweepReport:
+    told = report()
+    told.postponed = "the server was started 2 s ago"
+    return told
+
+
+def contested() -> SweepReport:
+    told = report()
+    told.marked_lately, told.contested_lately = 20, 1
+    return told
+
+
+@pytest.mark.parametrize(
+    ("told", "headline", "quoted", "step"),
+    [
+        (
+            doubted(),
+            "a sweep would not believe that at once, because the server was started 2 s ago",
+            "a sweep would not believe that at once",
+            "See whether the workers of these runs live.",
+        ),
+        (
+            postponed(),
+            "1 orphaned run that has beaten is left to the next sweep, because the server was "
+            "started 2 s ago",
+            "left to the next sweep, because …",
+            "Let the next sweep come",
+        ),
+        (
+            contested(),
+            "1 of 20 verdicts of the last 30 days were contested by a worker that lived",
+            "were contested by a worker that lived",
+            "`orphan-recovery summary --target billing` names them",
+        ),
+        (
+            report(undatable=2),
+            "2 in flight without any sign of life cannot be judged",
+            "in flight without any sign of life",
+            "`orphan-recovery doctor --target billing`",
+        ),
+        (
+            report(ahead=2),
+            "2 in flight with a sign of life in the database's future cannot be judged "
+            "(worker w1, w2)",
+            "sign of life in the database's future",
+            "Set the clock of those hosts right",
+        ),
+    ],
+    ids=["dry run", "postponed", "contested", "undatable", "ahead"],
+)
+def test_a_warning_is_what_is_in_the_headline_and_what_to_do_below_it(
+    told: SweepReport, headline: str, quoted: str, step: str
+) -> None:
+    assert told.headline().endswith(f"; {headline}")
+    assert f"| `{quoted}` |" in README.read_text()
+    assert quoted.removesuffix(" …") in headline
+    [next_step] = told.next_steps()
+    assert step in next_step
+    assert headline not in next_step
+    assert next_step.endswith(".")
+
+
+def test_where_nothing_is_amiss_nothing_is_to_be_done() -> None:
+    assert report().next_steps() == []
