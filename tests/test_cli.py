@@ -164,10 +164,18 @@ def test_bad_usage_and_configuration_give_exit_code_2_and_a_clear_line(
     assert db.status("run") == "running"
 
 
-def test_an_empty_database_names_the_way_out(blank: Database) -> None:
-    done = run("sweep")
+@pytest.mark.parametrize("arguments", [["sweep"], ["sweep", "--dry-run"]], ids=str)
+def test_an_empty_database_names_the_way_out(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments, ORPHAN_RECOVERY_CONFIG="")
     assert done.returncode == 2
     assert "run `orphan-recovery migrate`" in done.stderr
+    missed = f"there is no orphan-recovery.toml in {tmp_path}, and ORPHAN_RECOVERY_CONFIG names no"
+    assert missed in done.stderr, "perhaps another table was meant"
+    (tmp_path / "orphan-recovery.toml").touch()
+    assert missed not in run(*arguments, ORPHAN_RECOVERY_CONFIG="").stderr
 
 
 def test_a_lost_database_gives_exit_code_1_and_no_traceback() -> None:

@@ -14,6 +14,8 @@ from orphan_recovery.migrate import Migration, migrate, newest_revisions, unmigr
 from orphan_recovery.target import Target
 from support import Database
 from tables_support import do
+from test_cli import run
+from test_sql import a_role, seen_by
 
 COLUMNS = {
     *("id", "tenant_id", "worker_id", "task", "input_json", "status", "success", "error"),
@@ -227,6 +229,35 @@ def test_a_busy_table_makes_the_migration_give_up_and_not_the_queries_wait(
     assert set(columns(blank)) == {"id", "status"}
     migrate()
     assert set(columns(blank)) == COLUMNS
+
+
+@pytest.mark.parametrize("lacking", ["CREATE SCHEMA", "the table", "all"])
+@pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
+def test_a_role_that_lacks_a_right_is_told_whose_the_migration_is(
+    blank: Database, monkeypatch: pytest.MonkeyPatch, lacking: str, down: bool
+) -> None:
+    if lacking != "CREATE SCHEMA":
+        migrate()
+    with a_role(blank, "plain") as name:
+        who = sql.Identifier(name)
+        do(blank, sql.SQL("CREATE ROLE {} LOGIN").format(who))
+        if lacking == "the table":
+            do(blank, sql.SQL("GRANT USAGE ON SCHEMA orphan_recovery TO {}").format(who))
+            every = sql.SQL("GRANT ALL ON ALL TABLES IN SCHEMA orphan_recovery TO {}").format(who)
+            do(blank, every)
+            blank.do("DROP INDEX worker_runs_crashed")
+        before = shape(blank) if lacking != "CREATE SCHEMA" else []
+        with seen_by(blank, name) as seen:
+            monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", seen.url)
+            if down and lacking == "CREATE SCHEMA":
+                assert unmigrate() == Migration("none", "none", ())
+                return
+            done = run("migrate", *(["--down"] if down else []))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "(SQLSTATE 42501): run it as the owner of the tables, with the right to" in done.stderr
+    assert "orphan-recovery sql" not in done.stderr
+    if before:
+        assert shape(blank) == before
 
 
 def test_ten_containers_that_migrate_at_once_get_one_schema(blank: Database) -> None:

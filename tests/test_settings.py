@@ -1,7 +1,9 @@
 """Addresses, requests, secrets: what is accepted, refused by name, and never shown."""
 
 import re
+from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy.exc import ArgumentError
 
@@ -9,6 +11,7 @@ from orphan_recovery import ConfigurationError
 from orphan_recovery.database import database_url, describe
 from orphan_recovery.redact import redact
 from orphan_recovery.request import SweepRequest
+from support import Database
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,9 @@ def test_the_projects_own_variable_comes_first(monkeypatch: pytest.MonkeyPatch) 
         ("postgresql://u@x:S3cret@host:port/db", "cannot be read"),
         ("postgresql://us er:S3cret@host:port/db", "cannot be read"),
         ("postgresql://me:not@S3cret@host/db", "more than one @: percent-encode"),
+        ("postgresql://me:no@t/S3cret@host/db", "more than one @: percent-encode"),
+        ("postgresql://me:n@o/t?S3cret@host/db", "more than one @: percent-encode"),
+        ("postgresql://me:n@ot=/S3cret@host/db", "more than one @: percent-encode"),
     ],
 )
 def test_other_addresses_are_refused_with_the_way_out_and_without_the_password(
@@ -63,11 +69,53 @@ def test_other_addresses_are_refused_with_the_way_out_and_without_the_password(
     assert "S3cret" not in str(raised.value)
 
 
-def test_no_address_names_both_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ORPHAN_RECOVERY_DATABASE_URL", "DATABASE_URL"):
+@pytest.mark.parametrize(
+    ("raw", "password", "database"),
+    [
+        ("postgresql://me:a%40b@host/db", "a@b", "db"),
+        ("postgresql://me:a/b=c?@host/db", "a/b=c?", "db"),
+        ("postgresql://me:a@host/db?application_name=me@here", "a", "db"),
+        ("postgresql://host/my@db", None, "my@db"),
+    ],
+)
+def test_an_address_that_can_be_meant_in_one_way_only_is_understood(
+    raw: str, password: str | None, database: str
+) -> None:
+    url = database_url(raw)
+    assert (url.host, url.password, url.database) == ("host", password, database)
+
+
+def test_no_address_names_both_variables_and_the_file_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ORPHAN_RECOVERY_DATABASE_URL", "DATABASE_URL", "ORPHAN_RECOVERY_CONFIG"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigurationError, match="ORPHAN_RECOVERY_DATABASE_URL or DATABASE_URL"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError) as none:
         database_url()
+    assert "set ORPHAN_RECOVERY_DATABASE_URL or DATABASE_URL to" in str(none.value)
+    assert str(none.value).endswith(
+        f"; there is no orphan-recovery.toml in {tmp_path}, and ORPHAN_RECOVERY_CONFIG names none"
+    )
+    (tmp_path / "orphan-recovery.toml").touch()
+    with pytest.raises(ConfigurationError) as there:
+        database_url()
+    assert str(there.value).endswith("user:password@host/name")
+
+
+def test_what_the_server_says_is_one_line_without_a_pointer_to_nothing(db: Database) -> None:
+    with pytest.raises(psycopg.Error) as plain:
+        db.do("SELECT 1 AS one,\n       'S3cret' = worker FROM worker_runs WHERE true")
+    assert describe(plain.value) == (
+        'UndefinedColumn: column "worker" does not exist HINT: Perhaps you meant to reference the '
+        'column "worker_runs.worker_id". (SQLSTATE 42703)'
+    )
+    with pytest.raises(psycopg.Error) as detailed:
+        db.do("INSERT INTO worker_runs (id) VALUES ('^'), ('^')")
+    assert describe(detailed.value) == (
+        'UniqueViolation: duplicate key value violates unique constraint "worker_runs_pkey" '
+        "DETAIL: Key (id)=(^) already exists. (SQLSTATE 23505)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ transaction of our own has a lock and a statement time-out.
 """
 
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
@@ -32,6 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, c
 
 from orphan_recovery.redact import redact
 from orphan_recovery.settings import DATABASE_VARIABLES, ConfigurationError, load_settings
+from orphan_recovery.targets import no_file_told
 
 if TYPE_CHECKING:
     from orphan_recovery.target import Target
@@ -82,6 +84,7 @@ def database_url(raw: str | None = None) -> URL:
             raise ConfigurationError(
                 f"no database: set {' or '.join(DATABASE_VARIABLES)} to the address of the "
                 "database that holds the runs, such as postgresql://user:password@host/name"
+                + no_file_told()
             )
         raw = secret.get_secret_value()
     try:
@@ -98,7 +101,9 @@ def database_url(raw: str | None = None) -> URL:
             f"the database address names {kind!r}: only Postgres is supported, as "
             "postgresql://user:password@host/name"
         )
-    if "@" in (url.host or ""):  # what is before it there is the rest of a password
+    # What is before a further one there is the rest of a password. In a query's values it may be.
+    beyond = raw.partition("@")[2].partition("=")[0]
+    if raw.count("@") > 1 and "@" in f"{beyond}{url.host}{url.database}":
         raise ConfigurationError(
             "the database address, which is not shown, has more than one @: percent-encode those "
             "in the user's name and the password, as %40"
@@ -246,13 +251,17 @@ def describe(error: BaseException) -> str:
     """One line that says what went wrong, safe to log, store and show.
 
     It has the error's class, the server's own message and SQLSTATE where there is one, and never
-    a password or the values of a statement.
+    a password, the values of a statement, or a line of it.
     """
     cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
-    message = " ".join(str(cause).split()) or "no message"
+    message = " ".join(_POINTER.sub("", str(cause)).split()) or "no message"
     code = getattr(cause, "sqlstate", None)
     suffix = f" (SQLSTATE {code})" if isinstance(code, str) else ""
     return redact(f"{type(cause).__name__}: {message[:600]}{suffix}")
+
+
+_POINTER: Final = re.compile(r"\n[^\n]*\n[ \t]*\^[ \t]*(?=\n|$)")
+"""``LINE 5: SELECT …``, and below it a caret: in one line it points at nothing."""
 
 
 def missing_right(told: str, target: str | None = None) -> str | None:

@@ -38,7 +38,7 @@ from orphan_recovery.database import Executor
 from orphan_recovery.runs import PLACE, ROLES, TIMES, Kept, RunsTable, as_utc, key_role
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target, split_table
-from orphan_recovery.targets import where
+from orphan_recovery.targets import no_file_told, where
 
 _AWARE = TIMESTAMP(timezone=True)
 
@@ -178,6 +178,7 @@ def find_relation(connection: Connection, target: Target, *keys: str) -> Relatio
                 f"table {name!r} is not in database {connection.engine.url.database!r} (or not on "
                 "its search_path): run `orphan-recovery migrate`, which creates it or adopts the "
                 "one you have, or describe the table you have in orphan-recovery.toml"
+                + no_file_told()
             )
         close = similar(connection, split_table(name)[1])
         hint = f"did you mean {' or '.join(close)}? " if close else ""

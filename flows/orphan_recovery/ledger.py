@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from orphan_recovery.database import Executor
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.targets import no_file_told
 
 SCHEMA: Final = "orphan_recovery"
 _NO_SUCH_TABLE: Final = ("42P01", "3F000")
@@ -162,5 +163,5 @@ async def require_ledger(db: Executor) -> None:
 def _no_ledger() -> ConfigurationError:
     return ConfigurationError(
         f"the ledger, schema {SCHEMA!r}, is not in this database: run `orphan-recovery migrate`, "
-        "which creates it"
+        "which creates it" + no_file_told()
     )

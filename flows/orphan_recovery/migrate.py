@@ -25,7 +25,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from orphan_recovery.catalog import Relation, look_up
-from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address
+from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address, describe
 from orphan_recovery.ddl import Change, changes, undoing
 from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA, sweeps
@@ -67,7 +67,7 @@ def migrate(target: Target | None = None, url: URL | None = None) -> Migration:
 
     Raises:
         ConfigurationError: the address or the target cannot be used, the table that is there
-            cannot be adopted, or a lock was not to be had in time.
+            cannot be adopted, the role lacks a right, or a lock was not to be had in time.
         sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     target = target or find_target()
@@ -93,7 +93,8 @@ def unmigrate(target: Target | None = None, url: URL | None = None) -> Migration
     table's indexes are left, and go; where there is no such table, there is nothing to do.
 
     Raises:
-        ConfigurationError: what is still there would be lost; the message says what to do.
+        ConfigurationError: what is still there would be lost, or the role lacks a right; the
+            message says what to do.
     """
     target = target or find_target()
 
@@ -230,6 +231,11 @@ def _run(
                 f"seconds ({WAIT_SECONDS} for an index that is built beside everybody's work), so "
                 "that no query has to queue behind the migration: what was made before it stands, "
                 "nothing is half done; run it again, at a quieter time if need be"
+            ) from error
+        if sqlstate(error) == "42501":
+            raise ConfigurationError(
+                f"{describe(error)}: run it as the owner of the tables, with the right to create "
+                "a schema; what was done before it stands, nothing is half done"
             ) from error
         raise
     finally:

@@ -197,6 +197,13 @@ def _place(path: Path, keys: list[str]) -> str:
     return f"{path}: {'.'.join(keys)}"
 
 
+def no_file_told() -> str:
+    """For an error that the file would have spared: that none was found, and where; or nothing."""
+    if _config_path():
+        return ""
+    return f"; there is no {CONFIG_FILE} in {Path.cwd()}, and {CONFIG_VARIABLE} names none"
+
+
 def _config_path() -> Path | None:
     """The file to read, or None where there is none and none was named."""
     named = load_settings().config
