@@ -1,5 +1,6 @@
 """Init: tables as people really have them, described by looking, and nothing else done."""
 
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -312,6 +313,80 @@ def test_what_cannot_be_a_status_of_a_run_is_asked_about(blank: Database, home: 
 JOBS = "CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamptz)"
 
 
+def test_the_one_table_with_a_key_is_taken(blank: Database, home: Path) -> None:
+    make(blank, f"{JOBS}; CREATE TABLE log (id int, state text, created timestamptz)")
+    assert run("init", "--target", "mine").returncode == 0
+    assert find_target("mine").table == "public.jobs"
+
+
+def test_the_name_that_was_meant_is_one_that_can_be_given(blank: Database, home: Path) -> None:
+    make(blank, 'CREATE SCHEMA "Billing"; ' + JOBS.replace("jobs", '"Billing"."Jobs"'))
+    refused = run("init", "--target", "mine", "--table", "billing.jobs").stderr
+    [meant] = re.findall(r"did you mean (\S+)\?", refused)
+    assert run("init", "--target", "mine", "--table", meant).returncode == 0
+    assert find_target("mine").table == "Billing.Jobs"
+
+
+def test_the_variable_that_is_set_is_the_one_that_is_written(
+    blank: Database, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(blank, JOBS)
+    both = run("init", "--target", "both", DATABASE_URL=blank.url)
+    assert both.returncode == 0
+    assert find_target("both").database_url_env == "ORPHAN_RECOVERY_DATABASE_URL"
+    general = run(
+        "init", "--target", "mine", DATABASE_URL=blank.url, ORPHAN_RECOVERY_DATABASE_URL=""
+    )
+    assert (general.returncode, general.stderr) == (0, "")
+    assert find_target("mine").database_url_env == "DATABASE_URL"
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    none = run("init", "--target", "none", ORPHAN_RECOVERY_DATABASE_URL="")
+    assert none.returncode == 2
+    assert "'ORPHAN_RECOVERY_DATABASE_URL' (database_url_env), which is not set" in none.stderr
+
+
+def test_a_time_without_a_zone_is_said_to_be_read_as_utc(blank: Database, home: Path) -> None:
+    make(
+        blank,
+        "CREATE TABLE nodes (id int PRIMARY KEY, last_seen timestamp);"
+        "CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamp(3),"
+        " started_at timestamptz, node_id int REFERENCES nodes)",
+    )
+    assert run("init", "--target", "mine", "--table", "jobs").returncode == 0
+    lines = home.read_text().splitlines()
+    naive = "timestamp without time zone, read as UTC"
+    assert f'last_seen = "last_seen"  # {naive}' in lines
+    assert f'created_at = "created_at"  # {naive.replace("timestamp", "timestamp(3)")}' in lines
+    assert 'started_at = "started_at"  # timestamp with time zone' in lines
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_flight", "told"),
+    [
+        (("PENDING", "RECEIVED", "STARTED", "SUCCESS", "REVOKED"), ("RECEIVED", "STARTED"), None),
+        (("on", "off"), ("running",), "None reads like that of the rows' own status: off, on."),
+        ((), ("running",), "There is no row yet to tell it by."),
+    ],
+    ids=["as Celery has them", "foreign", "none"],
+)
+def test_what_is_in_flight_is_told_by_the_words_that_are_there(
+    blank: Database, home: Path, rows: tuple[str, ...], in_flight: tuple[str, ...], told: str | None
+) -> None:
+    make(blank, JOBS)
+    for number, status in enumerate(rows):
+        blank.do("INSERT INTO jobs VALUES (%s, %s, now())", number, status)
+    assert run("init", "--target", "mine").returncode == 0
+    text = home.read_text()
+    target = find_target("mine")
+    assert target.in_flight == in_flight
+    if told is None:
+        assert target.terminal is not None
+        assert {"SUCCESS", "REVOKED"} < set(target.terminal)
+        assert "which are in the hands" not in text
+    else:
+        assert f"# GUESS AGAIN: which are in the hands of a worker?\n# {told}\n" in text
+
+
 def test_what_no_role_has_is_named_and_a_foreign_key_names_the_worker(
     blank: Database, home: Path
 ) -> None:
@@ -384,16 +459,29 @@ def test_a_file_that_is_named_has_to_be_there_so_that_a_slip_is_not_taken_for_no
     assert "mine" in tomllib.loads(new.read_text())["targets"]
 
 
+KEYLESS = "CREATE TABLE log (id int, state text, created timestamptz);"
 TWO = f"{JOBS}; CREATE TABLE tasks (id int PRIMARY KEY, state text, created timestamptz);"
 
 
 @pytest.mark.parametrize(
     ("made", "arguments", "message"),
     [
-        (TWO, [], "public.jobs, public.tasks of database"),
+        (TWO + KEYLESS, [], "public.jobs, public.tasks of database"),
+        (
+            TWO,
+            [],
+            "may each be a table of runs, by a status, a time of creation and a unique key: ",
+        ),
         (TWO, [], "name the one that is, by --table schema.table"),
         ("CREATE TABLE people (id int PRIMARY KEY)", [], "no table of database"),
+        (KEYLESS, [], "a unique key (public.log would be, with a key): name the one that is"),
         (JOBS, ["--table", "job"], "--table is 'job', which is not in database"),
+        (
+            'CREATE SCHEMA "Billing";'
+            'CREATE TABLE "Billing"."Jobs" (id int PRIMARY KEY, status text, at timestamptz)',
+            ["--table", "billing.jobs"],
+            'did you mean "Billing"."Jobs"? give it as schema.table, each name as the catalogue',
+        ),
         (JOBS, ["--table", "a.b.c"], "give table or schema.table"),
         (
             f"{JOBS}; CREATE VIEW seen AS SELECT * FROM jobs",

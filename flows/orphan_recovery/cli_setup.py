@@ -5,6 +5,7 @@ They are kept apart from the sweep's because they are for a person, once, and no
 
 import asyncio
 import json
+import os
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from orphan_recovery.cli_options import AsJson, TargetName
-from orphan_recovery.settings import ConfigurationError, load_settings
+from orphan_recovery.settings import DATABASE_VARIABLES, ConfigurationError, load_settings
 from orphan_recovery.target import Target
 from orphan_recovery.targets import CONFIG_FILE, find_target, load_targets
 
@@ -40,8 +41,13 @@ def init(
         typer.Option(help="The table, as schema.table. Default: the only one that looks like it."),
     ] = None,
     database_url_env: Annotated[
-        str, typer.Option(help="The variable that holds the address of its database.")
-    ] = "ORPHAN_RECOVERY_DATABASE_URL",
+        str | None,
+        typer.Option(
+            help="The variable that holds the address of its database. Default: "
+            f"{DATABASE_VARIABLES[0]}, or {DATABASE_VARIABLES[1]} where only that one is set.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Describe a table of yours by looking at it: a draft, with a comment on each guess.
 
@@ -51,6 +57,9 @@ def init(
     from orphan_recovery.describe import describe_runs
     from orphan_recovery.guess import GUESS_AGAIN, draft_target
 
+    if database_url_env is None:
+        set_ = (name for name in DATABASE_VARIABLES if os.environ.get(name))
+        database_url_env = next(set_, DATABASE_VARIABLES[0])
     path = load_settings().config or Path(CONFIG_FILE)
     if path.exists() and target in load_targets():
         raise ConfigurationError(

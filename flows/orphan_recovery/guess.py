@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Column, Connection, MetaData, Table, Text, cast, func, select, text
 from sqlalchemy.sql.elements import quoted_name
 
-from orphan_recovery.catalog import ColumnFacts, Relation, look_up
+from orphan_recovery.catalog import ColumnFacts, Relation, look_up, similar
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target, split_table
 
@@ -63,6 +63,7 @@ _LIVE: Final = frozenset(
     (
         *("running", "doing", "active", "executing", "inprogress", "started", "processing"),
         *("picked", "working", "busy", "claimed", "startedexecution", "leased", "acquired"),
+        "received",
     )
 )
 _WAITING: Final = frozenset(
@@ -77,7 +78,7 @@ _ENDED: Final = frozenset(
         *("completed", "complete", "success", "successful", "succeeded", "done", "finished"),
         *("executed", "failed", "failure", "error", "errored", "cancelled", "canceled"),
         *("crashed", "dead", "discarded", "aborted", "killed", "expired", "skipped"),
-        *("exception", "timeout", "timedout", "missed", "deleted", "archived"),
+        *("exception", "timeout", "timedout", "missed", "deleted", "archived", "revoked"),
     )
 )
 _CRASHES: Final = ("crashed", "dead", "failed", "failure", "errored", "error", "exception")
@@ -151,10 +152,11 @@ def draft_target(
     _say_columns(relation, columns, section, draft, heartbeat is not None)
     if heartbeat is not None:
         workers, key, run_key, seen, why = heartbeat
-        described = {"table": workers, "key": key, "run_key": run_key, "last_seen": seen}
+        described = {"table": workers, "key": key, "run_key": run_key, "last_seen": seen.name}
         draft.described["worker_heartbeat"] = described
         section += ["", f"[targets.{name}.worker_heartbeat]  # {_one_line(why)}"]
         section += [f"{k} = {_toml(v)}" for k, v in described.items()]
+        section[-1] += f"  # {_type(seen)}"
     try:
         target = Target(name=name, **draft.described)
     except ValueError as error:
@@ -169,9 +171,12 @@ def _relation(connection: Connection, table: str | None) -> Relation:
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
         if relation is None:
+            close = similar(connection, split_table(table)[1])
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
             raise ConfigurationError(
                 f"--table is {table!r}, which is not in database "
-                f"{connection.engine.url.database!r}: give it as schema.table"
+                f"{connection.engine.url.database!r}: {hint}give it as schema.table, each name as "
+                "the catalogue has it"
             )
         if not relation.is_table:
             raise ConfigurationError(
@@ -189,18 +194,28 @@ def _relation(connection: Connection, table: str | None) -> Relation:
         " AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'orphan_recovery')"
         " AND n.nspname NOT LIKE 'pg_toast%' ORDER BY 1, 2"
     )
-    fitting = []
+    fitting, keyless = [], []
     for schema, name in connection.execute(listing).all():
         relation = look_up(connection, schema, name)
         if relation is not None and _pick(relation, "status") and _pick(relation, "created_at"):
-            fitting.append(relation)
+            (fitting if relation.unique else keyless).append(relation)
     if len(fitting) == 1:
         return fitting[0]
-    names = ", ".join(_quoted(r.schema, r.name) for r in fitting) or "no table"
+    database, way_out = connection.engine.url.database, "name the one that is, by --table"
+    what = "a table of runs, by a status, a time of creation and a unique key"
+    if fitting:
+        raise ConfigurationError(
+            f"{_listed(fitting)} of database {database!r} may each be {what}: {way_out} "
+            "schema.table"
+        )
+    but = f" ({_listed(keyless)} would be, with a key)" if keyless else ""
     raise ConfigurationError(
-        f"{names} of database {connection.engine.url.database!r} looks like a table of runs (a "
-        "status, and a time of creation): name the one that is, by --table schema.table"
+        f"no table of database {database!r} looks like {what}{but}: {way_out} schema.table"
     )
+
+
+def _listed(relations: list[Relation]) -> str:
+    return ", ".join(_quoted(relation.schema, relation.name) for relation in relations)
 
 
 def _columns(relation: Relation) -> dict[str, str]:
@@ -262,9 +277,9 @@ def _statuses(connection: Connection, relation: Relation, column: str, draft: Dr
         kinds[kind].append(value)
     crashed = next((v for word in _CRASHES for v in values if _plain(v) == word), None)
     if not kinds["in_flight"]:
-        told = f"none of {', '.join(values)}" if values else "there is none yet"
-        draft.say(f"{GUESS_AGAIN}: which are in the hands of a worker? By {source}: {told} reads")
-        draft.say("like that.")
+        draft.say(f"{GUESS_AGAIN}: which are in the hands of a worker?")
+        none = f"None reads like that of {source}: {', '.join(values)}."
+        draft.say(none if values else "There is no row yet to tell it by.")
         kinds["in_flight"] = ["running" if facts.is_text else SAY_WHICH]
     as_there = partial(_as_there, facts)
     in_flight = as_there(kinds["in_flight"])
@@ -325,13 +340,11 @@ def _say_columns(
     section.append(f"id = {_toml(described['id'])}  # unique")
     for role, name in columns.items():
         described[role] = name
-        declared = _one_line(relation.columns[name].declared)
-        section.append(f"{role} = {_toml(name)}  # {declared}")
+        section.append(f"{role} = {_toml(name)}  # {_type(relation.columns[name])}")
     for role in NAMES:
         if role not in described and role in relation.columns:
             described[role] = False
-            declared = _one_line(relation.columns[role].declared)
-            section.append(f"{role} = false  # {declared}: not fit for it")
+            section.append(f"{role} = false  # {_type(relation.columns[role])}: not fit for it")
     if "heartbeat_at" not in described and not by_worker:
         section.append("# No heartbeat found: a run shows only its age. Keep the threshold above")
         section.append("# the longest honest run.")
@@ -353,7 +366,7 @@ def _say_what_is_left(relation: Relation, used: set[Any], section: list[str]) ->
 
 def _worker_table(
     connection: Connection, relation: Relation
-) -> tuple[str, str, str, str, str] | None:
+) -> tuple[str, str, str, ColumnFacts, str] | None:
     """A table of workers with a last sign of life, that the runs point to by a foreign key."""
     statement = text(
         "SELECT a.attname AS run_key, n.nspname AS schema, c.relname AS name, f.attname AS key"
@@ -370,8 +383,13 @@ def _worker_table(
         if workers is not None and seen and workers.oid != relation.oid:
             why = f"by the foreign key of {row['run_key']}"
             name = _quoted(workers.schema, workers.name)
-            return name, row["key"], row["run_key"], seen, why
+            return name, row["key"], row["run_key"], workers.columns[seen], why
     return None
+
+
+def _type(facts: ColumnFacts) -> str:
+    """A column's type for a comment; of a time without a zone, what it is taken for."""
+    return _one_line(facts.declared) + (", read as UTC" if facts.kind == "timestamp" else "")
 
 
 def _plain(name: str) -> str:
