@@ -313,6 +313,28 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             "orphan-recovery sweep --target default --dry-run",
         ),
         (
+            ["CREATE TABLE child () INHERITS (worker_runs)"],
+            {},
+            Level.WARNING,
+            "table",
+            "other tables inherit from it",
+            "see that no key is in two of them",
+        ),
+        (
+            [
+                "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by,"
+                " reason, threshold, scope, version, opened_at, ended_at, ended_as, error)"
+                " SELECT gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 min',"
+                " '{}', '0', now(), now(), how, CASE how WHEN 'failed' THEN 'no room left' END"
+                " FROM unnest(ARRAY['failed', 'died', 'held', 'direct']) AS how"
+            ],
+            {},
+            Level.WARNING,
+            "last sweep",
+            "of those since, 2 sweeps did not, or not yet; the last because no room left",
+            "see whether the schedule",
+        ),
+        (
             AGE_LEDGER,
             {},
             Level.WARNING,
@@ -465,8 +487,19 @@ async def test_row_security_that_hides_rows_is_a_failure(
     monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", other.url)
     [line] = amiss(await examine(Target()))
     assert (line.level, line.about) == (Level.FAILURE, "privileges")
-    assert "row security hides rows of worker_runs from this role" in line.told
+    assert "row security may hide rows of worker_runs from this role" in line.told
     assert "BYPASSRLS" in line.way_out
+    well.do("CREATE POLICY every ON worker_runs USING (true)")
+    assert amiss(await examine(Target())) == []
+
+
+async def test_that_recovery_is_switched_off_is_a_warning(
+    well: Database, nowhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORPHAN_RECOVERY_ENABLED", "false")
+    [line] = amiss(await examine(Target()))
+    assert (line.level, line.about) == (Level.WARNING, "configuration")
+    assert line.told.startswith("recovery is switched off by ORPHAN_RECOVERY_ENABLED")
 
 
 async def test_an_unreachable_database_is_one_failure_without_the_password(

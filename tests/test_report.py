@@ -2,13 +2,18 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from orphan_recovery.detect import Fleet
-from orphan_recovery.report import SweepReport
+from orphan_recovery.recover import run_sweep
+from orphan_recovery.report import SweepReport, as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
+from orphan_recovery.verdict import Outcome, Verdict
+from support import Database
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -100,3 +105,44 @@ def test_a_warning_is_what_is_in_the_headline_and_what_to_do_below_it(
 
 def test_where_nothing_is_amiss_nothing_is_to_be_done() -> None:
     assert report().next_steps() == []
+
+
+async def test_what_failed_is_told_with_its_cause_and_where_to_read_of_the_rest(
+    db: Database,
+) -> None:
+    for run in ("a", "b"):
+        db.add_run(run)
+    db.poison("a", "b")
+    told = await run_sweep(SweepRequest(asked_by="test", target=Target()))
+    assert "2 FAILED (a by RaiseException: poisoned row a" in told.headline()
+    [step] = told.next_steps()
+    assert step.startswith("2 could not be marked, and stay orphans: the table of verdicts and the")
+    told.is_closed = False
+    assert told.next_steps()[0].startswith(
+        "2 could not be marked, and stay orphans: the table of verdicts says why"
+    ), "the ledger knows nothing of it"
+    assert ", in the ledger" not in as_markdown(told)
+
+
+async def test_a_sweep_that_was_cut_off_before_it_judged_says_what_it_had_seen(
+    db: Database, impatient: None
+) -> None:
+    for run in ("a", "b"):
+        db.add_run(run)
+    db.do(
+        "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'no space left on device' USING ERRCODE = '53100'; END $$;"
+        "CREATE TRIGGER full_disk BEFORE UPDATE ON worker_runs FOR EACH ROW"
+        " EXECUTE FUNCTION full_disk()"
+    )
+    told = (await run_sweep(SweepRequest(asked_by="test", target=Target()))).headline()
+    assert told.startswith("stopped before its end: ")
+    assert "until then 2 orphaned runs seen, and none judged (threshold 30 minutes, 2 in" in told
+
+
+def test_a_right_that_the_role_lacks_is_told_where_only_runs_failed() -> None:
+    told = report()
+    run: Any = SimpleNamespace(id="a")
+    error = "InsufficientPrivilege: permission denied for table jobs (SQLSTATE 42501)"
+    told.judged([Verdict(run=run, outcome=Outcome.FAILED, error=error)])
+    assert any("orphan-recovery sql --target billing" in step for step in told.next_steps())

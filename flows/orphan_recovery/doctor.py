@@ -37,7 +37,8 @@ from orphan_recovery.doctor_time_zone import look_at_time_zone
 from orphan_recovery.finding import Examined, Finding, Level
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.schedule import Schedule, look_up_schedule
-from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.settings import ENABLED_VARIABLE, ConfigurationError
+from orphan_recovery.sweep import is_enabled
 from orphan_recovery.target import Target
 from orphan_recovery.targets import where
 
@@ -55,6 +56,10 @@ async def examine(target: Target) -> list[Finding]:
     schedule = look_up_schedule(target)
     described = "as the default table is" if target == Target() else where(target)
     findings = [Finding(Level.OK, "configuration", f"target {target.name!r}, {described}")]
+    if not is_enabled():
+        told = f"recovery is switched off by {ENABLED_VARIABLE}: no sweep from here does anything"
+        way_out = "unset it, or set it to true, to switch it on"
+        findings.append(Finding(Level.WARNING, "configuration", told, way_out))
     try:
         engine = make_engine(address(target))
     except ConfigurationError as error:

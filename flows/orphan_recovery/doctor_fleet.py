@@ -125,9 +125,30 @@ async def look_at_last_sweep(asked: Examined) -> list[Finding]:
         first = f"`orphan-recovery sweep --target {asked.table.target.name} --dry-run`"
         return [Finding(Level.WARNING, "last sweep", told, f"{first}, then without --dry-run")]
     told = f"the last sweep that ended well was {span(age)} ago"
+    since = await asked.db.execute(_SINCE_THE_LAST, {"target": asked.table.target.name})
+    if failed := since.all():
+        told = f"{told}; of those since, {counted(len(failed), 'sweep')} did not, or not yet"
+        error = next((row.error for row in failed if row.error), None)
+        told += f"; the last because {error}" if error else ""
+        return [Finding(Level.WARNING, "last sweep", told, way_out)]
     if age > BEATS * (asked.schedule.every or DEFAULT_INTERVAL):
         return [Finding(Level.WARNING, "last sweep", told, way_out)]
     return [Finding(Level.OK, "last sweep", told)]
+
+
+# One that is open for longer than a minute may be at work, or was cut off before it could close
+# itself. What a hold stopped is told of by the hold.
+_SINCE_THE_LAST: Final = text(
+    f"""
+    SELECT error FROM {SCHEMA}.sweeps
+    WHERE target = :target
+      AND opened_at > (SELECT max(opened_at) FROM {SCHEMA}.sweeps
+                       WHERE target = :target AND ended_as = 'completed')
+      AND (ended_as IN ('failed', 'died')
+           OR (ended_at IS NULL AND opened_at < statement_timestamp() - interval '1 minute'))
+    ORDER BY opened_at DESC LIMIT 100
+    """  # noqa: S608 - of constants
+)
 
 
 async def look_at_holds(asked: Examined) -> list[Finding]:

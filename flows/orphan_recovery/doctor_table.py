@@ -4,7 +4,7 @@ The hazard is a table that only looks as it was described: so each is asked of t
 (a plan, not the catalogue; a privilege, not a role's name). Reads only.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Select, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -25,7 +25,7 @@ from orphan_recovery.targets import where
 
 
 async def look_at_columns(asked: Examined) -> list[Finding]:
-    table = asked.table
+    table, about = asked.table, {"table": asked.table.relation.oid}
     found = [
         Finding(
             Level.OK,
@@ -43,6 +43,13 @@ async def look_at_columns(asked: Examined) -> list[Finding]:
             ),
         ),
     ]
+    if table.relation.kind == "r" and await asked.db.scalar(_HAS_CHILDREN, about):
+        told = (
+            "other tables inherit from it: no index makes a key unique in all of them, and no "
+            "trigger of it guards their rows"
+        )
+        way_out = "see that no key is in two of them; or describe each as a target of its own"
+        found.append(Finding(Level.WARNING, "table", told, way_out))
     unwritten = [role for role in ("error", "completed_at") if not table.has(role)]
     if unwritten:
         told = f"no column for {', '.join(unwritten)}: a marked run will not say so in its row"
@@ -53,6 +60,9 @@ async def look_at_columns(asked: Examined) -> list[Finding]:
         way_out = f"name it as {where(table.target, 'columns', 'worker_id')}, if there is one"
         found.append(Finding(Level.WARNING, "columns", told, way_out))
     return found
+
+
+_HAS_CHILDREN: Final = text("SELECT EXISTS (SELECT FROM pg_inherits WHERE inhparent = :table)")
 
 
 async def look_at_privileges(asked: Examined) -> list[Finding]:
@@ -75,16 +85,22 @@ async def look_at_privileges(asked: Examined) -> list[Finding]:
     else:
         told = "this role may read and write what a sweep does"
         found.append(Finding(Level.OK, "privileges", told))
-    statement = text("SELECT row_security_active(CAST(:table AS oid))")
-    if await asked.db.scalar(statement, {"table": table.relation.oid}):
-        found.append(
-            Finding(
-                Level.FAILURE,
-                "privileges",
-                f"row security hides rows of {table.name} from this role: orphans would be missed",
-                "give the role a policy that shows it every row, or the attribute BYPASSRLS",
-            )
+    hidden = [(table.name, "orphans would be missed")] if table.relation.hides_rows else []
+    hidden += [
+        (getattr(target, what).table, "who beats there would look silent, so nothing is judged")
+        for what, kept in table.elsewhere.items()
+        if kept.relation.hides_rows
+    ]
+    way_out = "give the role a policy that shows it every row (USING (true)), or BYPASSRLS"
+    found += [
+        Finding(
+            Level.FAILURE,
+            "privileges",
+            f"row security may hide rows of {name} from this role: {so}",
+            way_out,
         )
+        for name, so in hidden
+    ]
     return found
 
 

@@ -74,6 +74,8 @@ class SweepReport:
     """As it was when the sweep looked; None where another did."""
     hides_rows: bool = False
     """Whether row security may have kept runs from it."""
+    is_closed: bool = False
+    """Whether the ledger has its end, and why what failed did so."""
     marked_lately: int = 0
     """Verdicts that marked a run in the last 30 days."""
     contested_lately: int = 0
@@ -97,7 +99,7 @@ class SweepReport:
     def heard_of(self, marked: int, detected: int) -> None:
         """Take the ledger's counts: acknowledgements of whole slices may have been lost, or slices
         themselves, with a server that crashed before the sweep was closed."""
-        self.detected, self.counts[Outcome.MARKED] = detected, marked
+        self.detected, self.counts[Outcome.MARKED], self.is_closed = detected, marked, True
 
     def looked(
         self,
@@ -161,10 +163,12 @@ class SweepReport:
             told += ", nothing was written"
         elif self.detected:
             told = f"{_runs(self.detected)} detected: " + ", ".join(
-                f"{self.counts[outcome]} {_IN_WORDS[outcome]}"
+                f"{self.counts[outcome]} {_IN_WORDS[outcome]}{self._for_example(outcome)}"
                 for outcome in Outcome
                 if self.counts[outcome]
             )
+        elif self.error and self.fleet and self.fleet.orphans:
+            told = f"{_runs(self.fleet.orphans)} seen, and none judged"
         else:
             told = f"no {'other ' if self.held or self.postponed else ''}orphaned run found"
         told += f" (threshold {threshold}"
@@ -187,6 +191,13 @@ class SweepReport:
         if self.request.target.name != DEFAULT_TARGET:
             told = f"{self.request.target.name}: {told}"
         return told + "".join(f"; {warning}" for warning, _ in self.warnings())
+
+    def _for_example(self, outcome: Outcome) -> str:
+        """What kept the first of the failed from being marked: a cause is mostly that of all."""
+        failed = next((v for v in self.verdicts if v.outcome is Outcome.FAILED and v.error), None)
+        if outcome is not Outcome.FAILED or failed is None:
+            return ""
+        return f" ({failed.run.id} by {failed.error})"
 
     def warnings(self) -> list[tuple[str, str]]:
         """What a person has to look at besides, such as runs that silence cannot judge; and what
@@ -219,6 +230,14 @@ class SweepReport:
                     "were contested by a worker that lived",
                     "Give the tasks whose verdicts are contested a longer threshold: "
                     f"`orphan-recovery summary --target {target.name}` names them.",
+                )
+            )
+        if self.hides_rows:
+            found.append(
+                (
+                    f"row security may hide runs of {target.table} from this role",
+                    "Give the role that sweeps a policy that shows it every row (USING (true)), or "
+                    "BYPASSRLS: what it does not see, it does not recover.",
                 )
             )
         if self.fleet.undatable:
@@ -255,8 +274,9 @@ class SweepReport:
                 "The sweep did not come to its end. What it marked stands; what it left is "
                 "detected again by the next one. See to the cause named above, then run it again."
             )
-        if hint := missing_right(self.error or "", self.request.target.name):
-            steps.append(hint)
+        errors = [self.error, *(verdict.error for verdict in self.verdicts)]
+        hints = (missing_right(error or "", self.request.target.name) for error in errors)
+        steps += [hint for hint in hints if hint][:1]
         if self.held:
             target = self.request.target.name
             some = some_of(self.held.silent, self.held.evidence["silent_workers"])
@@ -272,10 +292,15 @@ class SweepReport:
                 others = ", ".join(map(str, self.held.others))
                 steps.append(f"These stand too, each to be released by itself: {others}.")
         if self.failed:
+            one = self.failed == 1
+            where = "the table of verdicts says why"
+            if self.is_closed:
+                where = "the table of verdicts and the ledger say why"
             steps.append(
-                f"{self.failed} could not be marked, and stay orphans: the table of verdicts and "
-                "the ledger say why, run by run. The next sweep tries again; a cause that stays "
-                "(a trigger, a permission) fails again until it is mended."
+                f"{self.failed} could not be marked, and {'stays an orphan' if one else 'stay'}"
+                f"{'' if one else ' orphans'}: {where}, run by run. The next sweep tries again; a "
+                "cause that stays (a trigger, a permission, a row that somebody keeps locked) "
+                "fails again until it is mended."
             )
         steps += [way_out for _, way_out in self.warnings()]
         return steps
@@ -355,7 +380,8 @@ def as_markdown(report: SweepReport) -> str:
     if left:
         lines += ["", "## What was not marked", ""]
         lines += [f"- {_code(v.run.id)} {v.outcome.value}: {_code(_why(v))}" for v in left[:10]]
-        lines += [f"- … and {len(left) - 10} more, in the ledger"] if len(left) > 10 else []
+        more = f"- … and {len(left) - 10} more{', in the ledger' if report.is_closed else ''}"
+        lines += [more] if len(left) > 10 else []
     steps = report.next_steps()
     if steps:
         lines += ["", "## What to do next", "", *(f"- {step}" for step in steps)]
