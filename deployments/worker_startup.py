@@ -8,6 +8,7 @@ import asyncio
 import logging
 
 from orphan_recovery import recover_orphaned_runs
+from orphan_recovery.log import EventFormatter
 
 log = logging.getLogger("worker")
 
@@ -28,5 +29,7 @@ async def take_runs() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(EventFormatter())  # what an event is about is in its fields
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     asyncio.run(start())

@@ -1,7 +1,9 @@
 """The command line, run as a person or a script runs it: output, and an exit code to trust."""
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url
 
-from support import Database, free_port
+from orphan_recovery.log import WaitFormatter
+from support import Database, ended_in_the_ledger, free_port, open_in_the_ledger
 
 COMMAND = Path(sys.executable).with_name("orphan-recovery")
 
@@ -121,6 +124,48 @@ def test_a_role_without_rights_is_told_where_to_find_them(db: Database) -> None:
     finally:
         db.do("DROP OWNED BY reader")
         db.do("DROP ROLE reader")
+
+
+OFTEN = {"ORPHAN_RECOVERY_TARGETS__DEFAULT__HEARTBEAT_SECONDS": "1"}
+
+
+def test_a_sweep_that_waits_says_in_a_sentence_why(db: Database) -> None:
+    ended_in_the_ledger(db, ago="40 minutes")
+    db.add_run("run", beat="2 hours")
+    done = run("sweep", **OFTEN)
+    assert done.returncode == 0
+    looks = r"The sweep looks again in \d s, because .*no sweep has looked for 40 min.*\.\n"
+    assert re.fullmatch(looks, done.stderr)
+    open_in_the_ledger(db)
+    done = run("sweep", **OFTEN)
+    assert done.stderr == (
+        "Another sweep of this table is at work: this one waits for it, ten seconds at most.\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["sweep", "--json"], ["-v", "sweep"]], ids=str)
+def test_a_script_is_told_nothing_of_it_and_who_reads_events_nothing_twice(
+    db: Database, arguments: list[str]
+) -> None:
+    ended_in_the_ledger(db, ago="40 minutes")
+    db.add_run("run", beat="2 hours")
+    done = run(*arguments, **OFTEN)
+    assert (done.returncode, db.status("run")) == (0, "crashed")
+    assert "The sweep looks again" not in done.stderr
+    assert done.stderr.count("sweep_looks_twice") == arguments.count("-v")
+
+
+def test_what_is_left_to_the_next_sweep_is_not_waited_for(db: Database) -> None:
+    ended_in_the_ledger(db, ago="40 minutes")
+    db.add_run("run", beat="2 hours")
+    done = run("sweep", ORPHAN_RECOVERY_TARGETS__DEFAULT__HEARTBEAT_SECONDS="90")
+    assert "left to the next sweep, because " in done.stdout
+    assert "The sweep looks again" not in done.stderr
+
+
+def test_every_event_that_is_told_in_words_has_what_the_words_need() -> None:
+    record = logging.makeLogRecord({"msg": "sweep_gives_way", "writes_per_second": 7})
+    assert WaitFormatter().format(record).startswith("Others write to the table: ")
 
 
 def test_scope_options_reach_the_sweep(db: Database) -> None:

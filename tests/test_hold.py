@@ -38,7 +38,8 @@ async def release(db: Database, hold: UUID, **asked: Any) -> tuple[UUID, Any]:
     engine = make_engine(database_url(db.url))
     try:
         async with transaction(engine) as connection:
-            return await approve(connection, str(hold), by="a person", **asked)
+            done = await approve(connection, str(hold), by="a person", **asked)
+            return done.hold_id, done.until
     finally:
         await engine.dispose()
 
@@ -713,10 +714,18 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
     assert " on " in approval["approved_by"]
     assert db.one("SELECT now() - %s BETWEEN '0' AND '1 minute'", approval["approved_at"])
 
+    again = run("orphan-recovery", "approve", "aaaa1", "--minutes", "1").stdout
+    until = iso(approval["expires_at"])
+    told = f"hold {two} was released already, until {until}, and now is released until {until}; the"
+    assert again.startswith(told), "a shorter one takes nothing away"
+    longer = run("orphan-recovery", "approve", "aaaa1", "--minutes", "9").stdout
+    latest = iso(approvals(db)[-1]["expires_at"])
+    assert f"until {until}, and now is released until {latest}; the next sweep" in longer
+
     assert run("orphan-recovery", "approve", "aaaa0", "--minutes", "0").returncode == 2
     too_long = run("orphan-recovery", "approve", "aaaa0", "--minutes", "9" * 15)
     assert (too_long.returncode, "Traceback" in too_long.stderr) == (2, False)
-    assert len(approvals(db)) == 1
+    assert len(approvals(db)) == 3
 
 
 async def test_there_is_nothing_to_approve_where_nothing_is_held(db: Database) -> None:

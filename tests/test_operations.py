@@ -119,6 +119,7 @@ def test_a_worker_recovers_before_it_takes_runs(db: Database) -> None:
     done = start_worker()
     assert done.returncode == 0
     assert "1 orphaned run detected: 1 marked crashed" in done.stderr
+    assert "orphaned_runs_detected count=1 run_ids=['orphan']" in done.stderr
     assert done.stderr.rstrip().endswith("ready for runs")
     assert db.status(orphan) == "crashed"
 
@@ -127,7 +128,7 @@ def test_a_worker_starts_although_its_recovery_failed(db: Database) -> None:
     db.do("DROP SCHEMA orphan_recovery CASCADE")
     done = start_worker()
     assert done.returncode == 0
-    assert "ERROR worker recovery at start" in done.stderr
+    assert "ERROR   recovery at start" in done.stderr
     assert done.stderr.rstrip().endswith("ready for runs")
 
 

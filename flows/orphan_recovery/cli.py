@@ -32,7 +32,7 @@ from orphan_recovery.cli_options import (
     Threshold,
     Worker,
 )
-from orphan_recovery.log import EventFormatter, logger
+from orphan_recovery.log import EventFormatter, logger, say_why_it_waits
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
@@ -66,11 +66,12 @@ def _options(
         bool, typer.Option("--verbose", "-v", help="Show each event on standard error.")
     ] = False,
 ) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(EventFormatter())
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if verbose else logging.CRITICAL)
     logger.propagate = False
+    logger.setLevel(logging.INFO if verbose else logging.CRITICAL)
+    if verbose:
+        handler = logging.StreamHandler()
+        handler.setFormatter(EventFormatter())
+        logger.addHandler(handler)
 
 
 @app.command()
@@ -86,10 +87,13 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Run one whole sweep in this process, without Prefect."""
+    from orphan_recovery.doubt import LONGEST_WAIT
     from orphan_recovery.recover import run_sweep
     from orphan_recovery.report import SweepReport
     from orphan_recovery.sweep import whoami
 
+    if not as_json:
+        say_why_it_waits(LONGEST_WAIT.total_seconds())
     if target is not None and all_targets:
         raise ConfigurationError("--target and --all-targets are both given: give one of them")
     swept = list(load_targets().values()) if all_targets else [find_target(target)]
@@ -145,11 +149,12 @@ def approve(
     For when you have seen that the workers it speaks of are dead.
     """
     from orphan_recovery.database import address, make_engine, transaction
+    from orphan_recovery.hold import Approved
     from orphan_recovery.hold import approve as release
     from orphan_recovery.ledger import ledger_there
     from orphan_recovery.report import iso
 
-    async def released() -> Any:
+    async def released() -> Approved:
         engine = make_engine(address(find_target(target)))
         try:
             async with transaction(engine) as connection:
@@ -159,10 +164,12 @@ def approve(
         finally:
             await engine.dispose()
 
-    hold_id, expires_at = asyncio.run(released())
+    done = asyncio.run(released())
+    told = f"is released until {iso(done.until)}"
+    if done.was_until is not None:
+        told = f"was released already, until {iso(done.was_until)}, and now {told}"
     typer.echo(
-        f"hold {hold_id} is released until {iso(expires_at)}; the next sweep marks those of its "
-        "runs that are silent still"
+        f"hold {done.hold_id} {told}; the next sweep marks those of its runs that are silent still"
     )
 
 

@@ -194,7 +194,7 @@ def _relation(connection: Connection, table: str | None) -> Relation:
         " AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'orphan_recovery')"
         " AND n.nspname NOT LIKE 'pg_toast%' ORDER BY 1, 2"
     )
-    fitting, keyless = [], []
+    fitting, keyless = list[Relation](), list[Relation]()
     for schema, name in connection.execute(listing).all():
         relation = look_up(connection, schema, name)
         if relation is not None and _pick(relation, "status") and _pick(relation, "created_at"):

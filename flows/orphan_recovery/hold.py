@@ -8,7 +8,7 @@ Orphans outside of it are marked as ever.
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID, uuid4
 
 from sqlalchemy import (
@@ -159,10 +159,22 @@ def seen_silent(
     return seen
 
 
+class Approved(NamedTuple):
+    """What an approval came to."""
+
+    hold_id: UUID
+    until: datetime
+    """When the last approval of the hold expires."""
+    was_until: datetime | None
+    """The same before this one; None if the hold was not released."""
+
+
 async def approve(
     db: Executor, hold: str, *, by: str, lasting: timedelta = APPROVED_FOR, note: str | None = None
-) -> tuple[UUID, datetime]:
+) -> Approved:
     """Release one hold: its runs may be marked until the approval expires. Does not commit.
+
+    One that is released already may be so for longer by this, never for shorter.
 
     Args:
         db: a transaction of the caller's.
@@ -170,9 +182,6 @@ async def approve(
         by: the person.
         lasting: how long the approval holds.
         note: why, for the ledger.
-
-    Returns:
-        The hold's id, and when the approval expires.
 
     Raises:
         ConfigurationError: there is no such open hold, or several.
@@ -190,10 +199,15 @@ async def approve(
             f"{told if asked else 'name a hold'}; open are: {there}. One that is closed needs no "
             "approval: its fleet has recovered, or it was released and its runs are marked"
         )
+    [hold_id] = found
+    before = select(func.max(approvals.c.expires_at)).where(
+        approvals.c.hold_id == hold_id, approvals.c.expires_at > _NOW
+    )
+    was_until = (await db.execute(before)).scalar_one()
     released = (
         insert(approvals)
         .values(
-            hold_id=found[0],
+            hold_id=hold_id,
             approved_at=_NOW,
             expires_at=_NOW + literal(lasting, Span),
             approved_by=by,
@@ -201,7 +215,8 @@ async def approve(
         )
         .returning(approvals.c.expires_at)
     )
-    return found[0], (await db.execute(released)).scalar_one()
+    until = (await db.execute(released)).scalar_one()
+    return Approved(hold_id, max(until, was_until or until), was_until)
 
 
 async def is_open(db: Executor, hold_id: UUID) -> bool:

@@ -1,7 +1,7 @@
 """Structured log events: the message is the event's name, the fields travel in ``extra=``.
 
 A worker's own logging set-up decides what becomes of them; the command line prints them with
-their fields through :class:`EventFormatter`.
+their fields through :class:`EventFormatter`, or says no more than why it waits.
 """
 
 import logging
@@ -24,3 +24,38 @@ class EventFormatter(logging.Formatter):
         shown = " ".join(f"{key}={value!r}" for key, value in fields.items())
         line = super().format(record)
         return f"{line} {shown}" if shown else line
+
+
+_WAITS: Final = {
+    "sweep_looks_twice": "The sweep looks again in {wait_seconds:.0f} s, because {reasons}.",
+    "sweep_waits_for_another": (
+        "Another sweep of this table is at work: this one waits for it, ten seconds at most."
+    ),
+    "sweep_gives_way": "Others write to the table: the sweep marks in small slices, with pauses.",
+}
+
+
+class WaitFormatter(logging.Formatter):
+    """One plain sentence for who wonders why a sweep takes its time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _WAITS[str(record.msg)].format_map(vars(record))
+
+
+def say_why_it_waits(longest_seconds: float) -> None:
+    """Print on standard error what a sweep waits for, and no other event.
+
+    Nothing where each event is shown already; and nothing of what the sweep would have to wait for
+    longer than ``longest_seconds``: that is left to the next one, as its headline says.
+    """
+    if logger.isEnabledFor(logging.INFO):
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(WaitFormatter())
+    handler.addFilter(
+        lambda record: (
+            record.msg in _WAITS and vars(record).get("wait_seconds", 0) <= longest_seconds
+        )
+    )
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
