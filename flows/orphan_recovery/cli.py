@@ -324,12 +324,13 @@ def _fail(message: str, *, code: int) -> NoReturn:
 
 
 def _print_report(report: "SweepReport", *, name: bool) -> None:
+    from orphan_recovery.cli_table import print_table
     from orphan_recovery.report import SHOWN, as_table
 
     if name:
         typer.echo(f"target {report.request.target.name}:")
     shown = as_table(report)
-    _print_table(shown)
+    print_table(shown)
     typer.echo(report.headline())
     if len(shown) < report.detected:
         where = f"the ledger has all, of sweep {report.request.sweep_id}"
@@ -338,22 +339,3 @@ def _print_report(report: "SweepReport", *, name: bool) -> None:
         typer.echo(f"{len(shown)} of {report.detected} are shown: {where}")
     for step in report.next_steps():
         typer.echo(f"next: {step}", err=True)
-
-
-def _print_table(rows: list[dict[str, str]]) -> None:
-    """Nothing is cut off, in a pipe nothing is wrapped, and a column with nothing in it goes."""
-    if not rows:
-        return
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    filled = [name for name in rows[0] if any(row[name] for row in rows)]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in filled:
-        short = name in ("outcome", "last sign of life", "silence")
-        table.add_column(name, overflow="fold", no_wrap=short)
-    for row in rows:
-        table.add_row(*(Text(row[name]) for name in filled))  # text: no markup of a run's own
-    Console(width=None if sys.stdout.isatty() else 1_000).print(table)
