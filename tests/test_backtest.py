@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, LiteralString
 
 import pytest
+from psycopg import sql
 from rich.console import Console
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -29,7 +30,8 @@ from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from prefect_support import Api, flow_run_of
 from support import Database, free_port
-from tables_support import configure, set_for_all
+from tables_support import configure, do, set_for_all
+from test_sql import a_role, seen_by
 
 COMMAND = Path(sys.executable).with_name("orphan-recovery")
 
@@ -524,6 +526,33 @@ async def test_without_a_ledger_the_table_is_read_and_that_is_said(blank: Databa
     tested, at = await replayed(target)
     assert (tested.has_ledger, at[30].crashed, tested.deaths) == (False, 1, 0)
     assert any(note.startswith("There is no ledger yet") for note in notes(tested))
+
+
+@pytest.mark.parametrize("crashed", ["crashed", "failed"])
+async def test_a_role_that_may_not_read_the_ledger_reads_the_table_and_that_is_said(
+    db: Database, monkeypatch: pytest.MonkeyPatch, crashed: str
+) -> None:
+    target = billing(
+        db,
+        "CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamptz,"
+        " completed_at timestamptz)",
+        {"crashed": crashed},
+        "INSERT INTO jobs VALUES (1, 'completed', now() - interval '50 min', now())",
+    )
+    verdict(db, "wrong", "50 minutes", reported="1 s")
+    with a_role(db, "reader") as name:
+        who = sql.Identifier(name)
+        for grant in ("CREATE ROLE {} LOGIN", "GRANT SELECT ON jobs TO {}"):
+            do(db, sql.SQL(grant).format(who))
+        with seen_by(db, name) as reader:
+            monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", reader.url)
+            tested, at = await replayed(target)
+            do(db, sql.SQL("GRANT USAGE ON SCHEMA orphan_recovery TO {}").format(who))
+            assert (await replayed(target))[0].is_ledger_hidden, "its tables are not its to read"
+    assert (tested.has_ledger, at[30].crashed, tested.deaths) == (False, 1, 0)
+    [told] = [note for note in notes(tested) if "ledger" in note]
+    assert told.startswith("This role may not read the ledger: nothing is known of verdicts that")
+    assert ("is taken for a run that lived" in told) == (crashed == "failed")
 
 
 async def test_what_workers_keep_elsewhere_is_ignored_and_that_is_said(db: Database) -> None:

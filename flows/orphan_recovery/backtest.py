@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from sqlalchemy import func, select, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from orphan_recovery.database import Executor, address, make_engine, transaction
@@ -117,6 +117,8 @@ class Backtest:
     has_ends: bool
     """Whether the table says when a run ended; else only the ledger was read."""
     has_ledger: bool
+    is_ledger_hidden: bool
+    """Whether there is one that this role may not read."""
     heartbeats: bool
     """Whether the table has a column for them."""
     finished: int
@@ -160,6 +162,13 @@ class Backtest:
         return at.minutes - self.target.threshold_minutes
 
 
+_MAY_READ: Final = """
+SELECT bool_and(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = :schema AND c.relname IN ('verdicts', 'contests')
+"""
+
+
 async def backtest_target(
     target: Target, thresholds: Sequence[int] | None = None, days: int = DEFAULT_DAYS
 ) -> Backtest:
@@ -198,12 +207,11 @@ async def backtest(
     asked = Asked(target, tuple(sorted({*minutes, target.threshold_minutes})), days)
     connection = db if isinstance(db, AsyncConnection) else await db.connection()
     runs = await connection.run_sync(describe_runs, target)
-    has_ledger = (await db.execute(select(func.to_regclass(f"{SCHEMA}.contests")))).scalar_one()
+    # None where there is no ledger; False where this role may not read it.
+    has_ledger = (await db.execute(text(_MAY_READ), {"schema": SCHEMA})).scalar_one()
     lived = runs_that_lived(asked) if has_ledger else no_runs_that_lived(asked)
     has_ends = runs.has("completed_at")
-    finished = (
-        finished_runs(runs, asked, has_ledger is not None) if has_ends else no_finished_runs()
-    )
+    finished = finished_runs(runs, asked, bool(has_ledger)) if has_ends else no_finished_runs()
     rows = (await db.execute(replayed(asked, finished, lived))).mappings().all()
     deaths, later = 0, [0] * len(asked.minutes)
     if has_ledger:
@@ -216,7 +224,8 @@ async def backtest(
         days=days,
         as_of=whole["as_of"].astimezone(UTC),
         has_ends=has_ends,
-        has_ledger=has_ledger is not None,
+        has_ledger=bool(has_ledger),
+        is_ledger_hidden=has_ledger is False,
         heartbeats=runs.has("heartbeat_at"),
         **{name: whole[name] for name in COUNTED},
         longest=whole["longest"],

@@ -72,7 +72,18 @@ def notes(tested: Backtest) -> list[str]:
             "The table does not say when a run ended, so only the ledger was read: name the "
             f"column as {where(target, 'columns', 'completed_at')}, if there is one."
         )
-    if not tested.has_ledger:
+    if tested.is_ledger_hidden:
+        found.append(
+            "This role may not read the ledger: nothing is known of verdicts that were contested, "
+            "of runs that escaped one, or of deaths"
+            + (
+                "."
+                if target.crash_is_its_own_status
+                else f", and what a sweep marked as {target.crashed!r} is taken for a run that "
+                "lived. Ask as a role that may."
+            )
+        )
+    elif not tested.has_ledger:
         found.append(
             "There is no ledger yet: nothing is known of verdicts that were contested, of runs "
             "that escaped one, or of deaths."

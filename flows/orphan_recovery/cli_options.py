@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
+from orphan_recovery.settings import DEFAULT_THRESHOLD_MINUTES, THRESHOLD_VARIABLE
 
 TargetName = Annotated[
     str | None,
@@ -18,8 +18,8 @@ AllTargets = Annotated[bool, typer.Option("--all-targets", help="Every target in
 Threshold = Annotated[
     int | None,
     typer.Option(
-        help="Minutes of silence that make a run an orphan, at least 1. Default: the target's "
-        f"own; of the target that is meant by default, {ORPHAN_THRESHOLD_MINUTES}.",
+        help="Minutes of silence that make a run an orphan. Default: what the target's description "
+        f"says, else {THRESHOLD_VARIABLE}, else {DEFAULT_THRESHOLD_MINUTES}.",
         show_default=False,
     ),
 ]

@@ -41,7 +41,12 @@ def as_sql(
     if any(name.startswith("ledger") for name in there):
         parts += [f"-- The ledger is there already, in schema {SCHEMA}.", ""]
     else:
-        parts += ["-- The ledger: sweeps and verdicts, append-only.", ledger_sql(), ""]
+        parts += [
+            "-- The ledger: sweeps and verdicts, append-only; and the function that a truth",
+            "-- trigger calls, where there is one.",
+            ledger_sql(),
+            "",
+        ]
     if target.is_default_table and "runs_0001" not in there:
         statements, runs = _default_table(connection, target)
         version = f"INSERT INTO {SCHEMA}.{VERSION_TABLE} VALUES ('runs_0001')"  # noqa: S608
