@@ -721,11 +721,13 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
     longer = run("orphan-recovery", "approve", "aaaa1", "--minutes", "9").stdout
     latest = iso(approvals(db)[-1]["expires_at"])
     assert f"until {until}, and now is released until {latest}; the next sweep" in longer
+    other = run("orphan-recovery", "approve", "aaaa0").stdout
+    assert other.startswith(f"hold {one} is released until "), "each hold by itself"
 
     assert run("orphan-recovery", "approve", "aaaa0", "--minutes", "0").returncode == 2
     too_long = run("orphan-recovery", "approve", "aaaa0", "--minutes", "9" * 15)
     assert (too_long.returncode, "Traceback" in too_long.stderr) == (2, False)
-    assert len(approvals(db)) == 3
+    assert len(approvals(db)) == 4
 
 
 async def test_there_is_nothing_to_approve_where_nothing_is_held(db: Database) -> None:

@@ -264,6 +264,7 @@ def test_the_command_prints_that_script(blank: Database, tmp_path: Path) -> None
         assert done.stdout == printed(blank, FOREIGN, role) + "\n"
         told = run("sql", "--target", "mine", **variables).stdout
         assert '"orphan_recovery_sweep"' in told
+        assert "and the function that a truth\n-- trigger calls, where there is one." in told
         assert 'orphan-recovery sql --target mine | psql -v ON_ERROR_STOP=1 "$OWNER_URL"' in told
 
 
