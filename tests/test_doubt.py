@@ -23,7 +23,8 @@ from orphan_recovery.database import database_url, make_engine, server_started
 from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
-from orphan_recovery.report import SweepReport, as_markdown
+from orphan_recovery.report import SweepReport
+from orphan_recovery.report_pages import as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
 from prefect_support import run

@@ -20,10 +20,12 @@ from orphan_recovery.doctor import examine
 from orphan_recovery.finding import Finding, Level
 from orphan_recovery.hold import approve
 from orphan_recovery.recover import run_sweep
-from orphan_recovery.report import SweepReport, as_markdown, iso
+from orphan_recovery.report import SweepReport
+from orphan_recovery.report_pages import as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Columns, Rule, Target
 from orphan_recovery.targets import find_target
+from orphan_recovery.words import iso
 from prefect_support import run
 from support import Database, ended_in_the_ledger, until
 from test_sql import a_role, printed, psql, seen_by
@@ -132,7 +134,9 @@ async def test_a_sweep_that_would_crash_most_of_a_fleet_marks_nothing_and_asks(
     )
     shown = as_markdown(report)
     assert "## What was not dared" in shown
-    assert "- silent_workers: `11`" in shown
+    assert f"\n- 11 of 20 workers look dead since {saw['silent_since']}, the first of" in shown
+    assert f"\n- silent: `{saw['some_silent_workers'][0]}`, " in shown
+    assert " and 1 more\n" in shown
     [step] = report.next_steps()
     assert f"orphan-recovery approve {hold['hold_id']} --target default" in step
     [event] = [record for record in caplog.records if record.msg == "orphan_recovery_held"]
@@ -703,6 +707,11 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
         assert told in refused.stderr
         assert one in refused.stderr
         assert two in refused.stderr
+    unnamed = run("orphan-recovery", "approve")
+    assert (unnamed.returncode, unnamed.stdout) == (2, "")
+    assert f"name a hold; open are: {one}" in unnamed.stderr.replace(
+        f"{two}, {one}", f"{one}, {two}"
+    )
     assert approvals(db) == []
 
     done = run("orphan-recovery", "approve", "AAAA1", "--minutes", "5", "--note", "rack on fire")

@@ -9,7 +9,8 @@ import pytest
 
 from orphan_recovery.detect import Fleet
 from orphan_recovery.recover import run_sweep
-from orphan_recovery.report import SweepReport, as_markdown
+from orphan_recovery.report import SweepReport
+from orphan_recovery.report_pages import as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
 from orphan_recovery.verdict import Outcome, Verdict

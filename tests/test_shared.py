@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from orphan_recovery import request as request_module
 from orphan_recovery import turn
 from orphan_recovery.recover import run_sweep
-from orphan_recovery.report import SweepReport, as_markdown
+from orphan_recovery.report import SweepReport
+from orphan_recovery.report_pages import as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
 from support import Database, open_in_the_ledger, until

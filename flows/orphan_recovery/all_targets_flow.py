@@ -13,9 +13,9 @@ from pydantic import Field
 
 from orphan_recovery.flow import recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
-from orphan_recovery.report import counted
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH
 from orphan_recovery.targets import load_targets
+from orphan_recovery.words import counted
 
 ALL_FLOW_NAME = "recover-all-targets"
 

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from orphan_recovery.backtest import FEW, AtThreshold, Backtest, UnderRule
-from orphan_recovery.report import iso, span
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import where
+from orphan_recovery.words import iso, span
 
 WIDEST_BAR: Final = 60
 _BLOCKS: Final = "▏▎▍▌▋▊▉█"

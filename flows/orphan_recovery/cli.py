@@ -137,7 +137,13 @@ def _exit_code(reports: "list[SweepReport]") -> int:
 
 @app.command()
 def approve(
-    hold: Annotated[str, typer.Argument(help="The hold's id, or the beginning of it.")],
+    hold: Annotated[
+        str,
+        typer.Argument(
+            help="The hold's id, or the beginning of it. Without it, those that stand are named.",
+            show_default=False,
+        ),
+    ] = "",
     target: TargetName = None,
     minutes: Annotated[
         int, typer.Option(help="How long the approval holds.", min=1, max=10_080)
@@ -152,7 +158,7 @@ def approve(
     from orphan_recovery.hold import Approved
     from orphan_recovery.hold import approve as release
     from orphan_recovery.ledger import ledger_there
-    from orphan_recovery.report import iso
+    from orphan_recovery.words import iso
 
     async def released() -> Approved:
         engine = make_engine(address(find_target(target)))
@@ -325,7 +331,8 @@ def _fail(message: str, *, code: int) -> NoReturn:
 
 def _print_report(report: "SweepReport", *, name: bool) -> None:
     from orphan_recovery.cli_table import print_table
-    from orphan_recovery.report import SHOWN, as_table
+    from orphan_recovery.report import SHOWN
+    from orphan_recovery.report_pages import as_table
 
     if name:
         typer.echo(f"target {report.request.target.name}:")

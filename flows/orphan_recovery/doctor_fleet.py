@@ -14,10 +14,10 @@ from orphan_recovery.doctor_time_zone import naive_times
 from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.finding import Examined, Finding, Level
 from orphan_recovery.ledger import SCHEMA, Ended, approvals, holds, sweeps
-from orphan_recovery.report import counted, iso, some_of, span
 from orphan_recovery.rules import shortest
 from orphan_recovery.schedule import DEFAULT_INTERVAL
 from orphan_recovery.targets import where
+from orphan_recovery.words import counted, iso, some_of, span
 
 BEATS: Final = 3
 """Heartbeats that a threshold has to outlast at least, besides one interval between sweeps."""

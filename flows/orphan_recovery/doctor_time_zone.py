@@ -13,8 +13,8 @@ from sqlalchemy import ColumnElement, func, select, text
 
 from orphan_recovery.database import Executor
 from orphan_recovery.finding import Examined, Finding, Level
-from orphan_recovery.report import span
 from orphan_recovery.runs import TIMES, RunsTable
+from orphan_recovery.words import span
 
 STEP: Final = timedelta(minutes=30)
 """By how much zones differ, but for a few."""

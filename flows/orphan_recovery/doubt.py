@@ -18,13 +18,13 @@ from orphan_recovery.database import Executor, Span, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Fleet, Silence
 from orphan_recovery.ledger import contests, holds, sweeps, verdicts
-from orphan_recovery.report import counted, span
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.verdict import Outcome
+from orphan_recovery.words import counted, span
 
 GRACE_BEATS: Final = 2
 """Beats that whoever lives is given to come back after nobody could write: one to find the

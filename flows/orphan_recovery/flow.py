@@ -56,7 +56,8 @@ from orphan_recovery.judge import Progress
 from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_outage
-from orphan_recovery.report import SweepReport, as_markdown, as_table
+from orphan_recovery.report import SweepReport
+from orphan_recovery.report_pages import as_markdown, as_table
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES

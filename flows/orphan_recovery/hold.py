@@ -34,13 +34,14 @@ from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Silence, look_at_silence, orphans
 from orphan_recovery.doubt import Circumstances
 from orphan_recovery.ledger import approvals, hold_runs, holds, verdicts
-from orphan_recovery.report import Held, iso
+from orphan_recovery.report import Held
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.verdict import Outcome
+from orphan_recovery.words import iso
 
 APPROVED_FOR: Final = timedelta(minutes=60)
 """How long an approval holds, unless the person says otherwise."""

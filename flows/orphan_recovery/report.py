@@ -6,7 +6,7 @@ not judge some runs, says so in its headline.
 
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
@@ -17,6 +17,7 @@ from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import ENABLED_VARIABLE
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.verdict import Outcome, Verdict
+from orphan_recovery.words import counted, iso, some_of, span
 
 SHOWN: Final = 1_000
 """Runs that a report lists at most; the ledger has all."""
@@ -335,59 +336,6 @@ class SweepReport:
         }
 
 
-def as_table(report: SweepReport, rows: int = 200) -> list[dict[str, str]]:
-    """One row a run, failures first, for people: at most ``rows``, every cell a text."""
-    entries = report.as_dict()["runs"]
-    return [
-        {
-            "run": entry["run_id"],
-            "outcome": entry["outcome"] or "would be judged",
-            "worker": entry["worker_id"] or "",
-            "tenant": entry["tenant_id"] or "",
-            "last sign of life": entry["sign_of_life"],
-            "evidence": entry["evidence"],
-            "silence": str(timedelta(seconds=entry["silence_seconds"])),
-            "found instead, or error": entry["error"] or _found(entry["found"]),
-        }
-        for entry in entries[:rows]
-    ]
-
-
-def as_markdown(report: SweepReport) -> str:
-    """What happened, what was done, what was not dared, and what to do next."""
-    request = report.request
-    lines = ["# Orphan recovery", "", report.headline() + ".", ""]
-    lines += [f"- sweep `{request.sweep_id}`, asked for by {request.asked_by}"]
-    lines += [f"- target {_code(request.target.name)}, table {_code(request.target.table)}"]
-    lines += [f"- {name}: {_code(str(value))}" for name, value in request.scope.items()]
-    if report.seen_by:
-        lines.append(
-            f"- sweep `{report.seen_by}` looked in its place, after this one had begun, and judged "
-            "all that it found: see there what was marked"
-        )
-    if report.looked_twice:
-        lines.append(f"- looked twice, because {report.looked_twice}")
-    if report.held:
-        lines += ["", "## What was not dared", "", f"Hold `{report.held.hold_id}`:", ""]
-        lines += [f"- {k}: {_code(str(v))}" for k, v in report.held.evidence.items()]
-        lines += [
-            f"- and hold `{other}`, which stands since before" for other in report.held.others
-        ]
-    if report.detected and not request.dry_run:
-        lines += ["", "| outcome | runs |", "|---|---|"]
-        lines += [f"| {o.value} | {report.counts[o]} |" for o in Outcome if report.counts[o]]
-    left = [verdict for verdict in report.verdicts if verdict.outcome is not Outcome.MARKED]
-    if left:
-        lines += ["", "## What was not marked", ""]
-        lines += [f"- {_code(v.run.id)} {v.outcome.value}: {_code(_why(v))}" for v in left[:10]]
-        more = f"- … and {len(left) - 10} more{', in the ledger' if report.is_closed else ''}"
-        lines += [more] if len(left) > 10 else []
-    steps = report.next_steps()
-    if steps:
-        lines += ["", "## What to do next", "", *(f"- {step}" for step in steps)]
-    return "\n".join(lines) + "\n"
-
-
 _IN_WORDS: Final = {
     Outcome.FAILED: "FAILED",
     Outcome.MARKED: "marked crashed",
@@ -399,49 +347,8 @@ _IN_WORDS: Final = {
 }
 
 
-def iso(instant: datetime) -> str:
-    """An aware time as text, in UTC and to the second."""
-    return instant.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def span(length: timedelta) -> str:
-    """A length of time for people: ``30 min``, ``1 h 5 min``, ``4 s``."""
-    seconds = max(1, round(length.total_seconds()))
-    parts = [("d", seconds // 86_400), ("h", seconds // 3_600 % 24), ("min", seconds // 60 % 60)]
-    told = [f"{number} {unit}" for unit, number in (*parts, ("s", seconds % 60)) if number]
-    return " ".join(told[:2])
-
-
-def some_of(names: list[str], count: int) -> str:
-    """Some of ``count`` by name, and how many more there are, in brackets; or nothing."""
-    if not names:
-        return ""
-    more = count - len(names)
-    return f" ({', '.join(names)}{f' and {more} more' if more > 0 else ''})"
-
-
-def counted(number: int, what: str) -> str:
-    """So many of them: ``1 run``, ``2 runs``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def _runs(count: int) -> str:
     return counted(count, "orphaned run")
-
-
-def _why(verdict: Verdict) -> str:
-    return verdict.error or _found(verdict.found) or "no such row"
-
-
-def _code(text: str) -> str:
-    """As code in Markdown, so that nothing in a run's own text is taken for markup."""
-    return "`" + text.replace("`", "'").replace("\n", " ") + "`"
-
-
-def _found(found: dict[str, Any] | None) -> str:
-    if not found:
-        return ""
-    return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
 
 
 def _entry(item: Verdict | WorkerRun) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from datetime import timedelta
 from typing import Any, Final
 
 from orphan_recovery.database import describe
-from orphan_recovery.report import span
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
+from orphan_recovery.words import span
 
 DEFAULT_INTERVAL: Final = timedelta(minutes=5)
 """Between sweeps, where nobody can be asked: what prefect.yaml says."""

@@ -14,11 +14,11 @@ from orphan_recovery.database import Executor, address, make_engine, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.doubt import CONTESTS_WITHIN
 from orphan_recovery.ledger import SCHEMA, contests, ledger_there, verdicts
-from orphan_recovery.report import iso
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome
+from orphan_recovery.words import iso
 
 NEWEST: Final = 10
 """Crashes that are told one by one."""
