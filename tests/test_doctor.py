@@ -301,7 +301,7 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             {},
             Level.WARNING,
             "contests",
-            "1 of 1 verdicts of the last 30 days contested by a worker that lived: more than the",
+            "1 of 1 verdicts of the last 30 days were contested by a worker that lived: more than",
             "give them a longer threshold",
         ),
         (

@@ -418,7 +418,7 @@ async def test_a_sweep_within_another_flow_run_fails_by_the_name_of_held(
         state = await recover_all_targets(return_state=True)
     parent = api.flow_run(flow_run_of(state))
     assert (parent["state_type"], parent["state_name"]) == ("FAILED", "Held")
-    assert "1 of 1 targets HELD (default)" in parent["state"]["message"]
+    assert "1 of 1 target HELD (default)" in parent["state"]["message"]
     assert "default: HELD: 12 of 12 workers look dead" in parent["state"]["message"]
     [child] = api.find("flow_runs", flow_runs={"parent_flow_run_id": {"any_": [parent["id"]]}})
     assert (child["state_type"], child["state_name"]) == ("FAILED", "Held")

@@ -188,8 +188,10 @@ async def look_at_contests(asked: Examined) -> list[Finding]:
     if await asked.db.scalar(select(func.to_regclass(f"{SCHEMA}.contests"))) is None:
         return []  # said already: there is no ledger
     now = await look_at_circumstances(asked.db, asked.request)
-    which = f"{now.contested} of {now.marked} verdicts" if now.contested else "none of the verdicts"
-    told = f"{which} of the last 30 days contested by a worker that lived"
+    which = "no verdict of the last 30 days was"
+    if now.contested:
+        which = f"{now.contested} of {now.marked} verdicts of the last 30 days were"
+    told = f"{which} contested by a worker that lived"
     if now.contested > target.contest_limit * now.marked:
         told = f"{told}: more than the limit of {target.contest_limit:.1%}"
         way_out = "`orphan-recovery summary` says for which tasks; give them a longer threshold"
