@@ -11,6 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from prefect import flow
 
+import orphan_recovery.flow
 from orphan_recovery.flow import FLOW_NAME
 from prefect_support import ROOT, Api, client_of, flow_run_of, run, sweep
 from support import Database, until
@@ -21,6 +22,9 @@ FAILED = "orphan-recovery failed"
 HELD = "orphan-recovery is held"
 DIED = "orphan-recovery died in mid-sweep"
 CONTROL = "the same alarm about a flow that never runs"
+HEARTBEAT = "prefect.flow-run.heartbeat"
+SILENCED = "orphan-recovery is silent"
+BY_HEARTBEAT = "the same as that about a death, by Prefect's own heartbeat alone"
 
 
 def written() -> dict[str, dict[str, Any]]:
@@ -51,7 +55,7 @@ def as_written(api: Api, tmp_path_factory: pytest.TempPathFactory) -> None:
 def impatient(api: Api) -> None:
     """The alarms about silence once more, after ten seconds: the least that Prefect allows."""
     for name, automation in written().items():
-        if name != FAILED:
+        if name in (SILENT, DIED):
             automation["trigger"]["within"] = 10
             api.call("POST", "/automations/", automation).raise_for_status()
     control = written()[SILENT]
@@ -59,6 +63,10 @@ def impatient(api: Api) -> None:
     control["trigger"]["within"] = 10
     control["trigger"]["match_related"][0]["prefect.resource.name"] = "a flow that never runs"
     api.call("POST", "/automations/", control).raise_for_status()
+    by_heartbeat = written()[DIED]
+    by_heartbeat["name"] = BY_HEARTBEAT
+    by_heartbeat["trigger"] |= {"within": 10, "after": [HEARTBEAT], "expect": [HEARTBEAT]}
+    api.call("POST", "/automations/", by_heartbeat).raise_for_status()
 
 
 def test_every_key_of_the_file_takes_effect(api: Api, as_written: None) -> None:
@@ -126,11 +134,10 @@ async def somebody_elses() -> None:
 
 
 def test_silence_is_noticed_and_completed_scheduled_sweeps_are_not_silence(
-    api: Api, impatient: None
+    api: Api, as_written: None, impatient: None
 ) -> None:
     deployment = deployed_by_hand(api)
-    died = started(api, deployment)
-    beat(api, died)  # once, and never again
+    died = started(api, deployment)  # and never heard of again
 
     def control_went_off() -> bool:
         set_state(api, started(api, deployment), "COMPLETED")
@@ -141,22 +148,105 @@ def test_silence_is_noticed_and_completed_scheduled_sweeps_are_not_silence(
     assert alarms(api, SILENT) == []
 
     ended = api.await_state(died["id"], "CRASHED")
-    assert "No heartbeat" in ended["state"]["message"]
+    assert ended["state"]["message"].startswith("Not heard of for 10 minutes")
 
 
-def goes_off(api: Api, name: str, *, seconds: float) -> bool:
+def test_a_death_is_told_once_by_the_alarm_about_failures(
+    api: Api, as_written: None, impatient: None
+) -> None:
+    """The others only show it."""
+    deployment = deployed_by_hand(api)
+    for _ in range(5):  # as above
+        died = started(api, deployment)
+        api.await_state(died["id"], "CRASHED")
+        if goes_off(api, FAILED, seconds=15, about=died):
+            break
+    assert len(alarms(api, FAILED, about=died)) == 1
+    calling = [
+        name for name, one in written().items() if one["actions"] == [{"type": "do-nothing"}]
+    ]
+    assert calling == [SILENT, FAILED, HELD]
+
+
+def test_the_end_of_a_sweep_is_heard_although_its_heartbeat_comes_after_it(
+    api: Api, impatient: None
+) -> None:
+    deployment = deployed_by_hand(api)
+    for _ in range(5):  # as above
+        ended = started(api, deployment)
+        set_state(api, ended, "COMPLETED")
+        beat(api, ended)
+        assert goes_off(api, BY_HEARTBEAT, seconds=60, about=ended)
+        time.sleep(5)
+        if not alarms(api, DIED, about=ended):
+            break
+    assert not alarms(api, DIED, about=ended)
+
+
+async def test_only_what_is_running_still_is_taken_for_dead_whatever_became_of_the_events(
+    db: Database, prefect: str, api: Api, as_written: None, impatient: None
+) -> None:
+    """Not a short sweep that has ended, nor one that waits for a person: of that one, Prefect
+    would show a death if it were asked to."""
+    db.add_orphans(2)
+    state = await sweep(api)
+    assert state.is_completed()
+    ended = api.flow_run(flow_run_of(state))
+    deployment = deployed_by_hand(api)
+    held, died = started(api, deployment), started(api, deployment)
+    set_state(api, held, "PAUSED", name="Held")
+    for silent in (ended, held, died):
+        beat(api, silent)
+    for silent in (ended, held, died):
+        assert await asyncio.to_thread(goes_off, api, BY_HEARTBEAT, seconds=60, about=silent)
+    await asyncio.to_thread(api.await_state, died["id"], "CRASHED")
+    await asyncio.sleep(5)
+    assert api.flow_run(ended["id"])["state_type"] == "COMPLETED"
+    assert api.flow_run(held["id"])["state_name"] == "Held"
+    assert alarms(api, FAILED, about=ended) == alarms(api, FAILED, about=held) == []
+
+
+async def test_a_sweep_that_is_long_at_work_beats_and_is_not_taken_for_dead(
+    db: Database,
+    prefect: str,
+    api: Api,
+    as_written: None,
+    impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(orphan_recovery.flow, "BEAT_SECONDS", 2)
+    [orphan] = db.add_orphans(1)
+    with db.connect() as blocker:
+        blocker.execute("LOCK TABLE orphan_recovery.sweeps IN ACCESS EXCLUSIVE MODE")
+        sweeping = asyncio.create_task(sweep(api))
+        await asyncio.to_thread(db.await_lock_wait)
+        other = started(api, deployed_by_hand(api))  # begun later
+        await asyncio.to_thread(api.await_state, other["id"], "CRASHED")
+        blocker.rollback()
+    state = await sweeping
+    assert state.is_completed()
+    assert db.status(orphan) == "crashed"
+    assert not alarms(api, DIED, about=api.flow_run(flow_run_of(state)))
+
+
+def goes_off(api: Api, name: str, *, seconds: float, about: dict[str, Any] | None = None) -> bool:
     give_up_at = time.monotonic() + seconds
-    while time.monotonic() < give_up_at and not alarms(api, name):
+    while time.monotonic() < give_up_at and not alarms(api, name, about=about):
         time.sleep(0.2)
-    return bool(alarms(api, name))
+    return bool(alarms(api, name, about=about))
 
 
-def alarms(api: Api, name: str) -> list[dict[str, Any]]:
-    """The times that an automation of this name went off."""
+def alarms(api: Api, name: str, *, about: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The times that an automation of this name went off; about this flow run, if one is given."""
     body = {"filter": {"event": {"name": ["prefect.automation.triggered"]}}, "limit": 50}
     answer = api.call("POST", "/events/filter", body).raise_for_status()
     events: list[dict[str, Any]] = answer.json()["events"]
-    return [e for e in events if e["resource"]["prefect.resource.name"] == name]
+    return [
+        event
+        for event in events
+        if event["resource"]["prefect.resource.name"] == name
+        and (about is None or about["id"] in str(event["payload"]))
+    ]
 
 
 def deployed_by_hand(api: Api) -> dict[str, Any]:
@@ -173,13 +263,13 @@ def started(api: Api, deployment: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def set_state(api: Api, flow_run: dict[str, Any], kind: str) -> None:
-    body = {"state": {"type": kind}, "force": True}
+def set_state(api: Api, flow_run: dict[str, Any], kind: str, **more: str) -> None:
+    body = {"state": {"type": kind, **more}, "force": True}
     api.call("POST", f"/flow_runs/{flow_run['id']}/set_state", body).raise_for_status()
 
 
 def beat(api: Api, flow_run: dict[str, Any]) -> None:
-    """What a flow run's process emits while it lives."""
+    """What Prefect emits while a flow run's process lives, from its beginning on."""
     related = {
         "prefect.resource.id": f"prefect.flow.{flow_run['flow_id']}",
         "prefect.resource.role": "flow",
@@ -187,7 +277,7 @@ def beat(api: Api, flow_run: dict[str, Any]) -> None:
     }
     event = {
         "id": str(uuid.uuid4()),
-        "event": "prefect.flow-run.heartbeat",
+        "event": HEARTBEAT,
         "occurred": datetime.now(UTC).isoformat(),
         "resource": {"prefect.resource.id": f"prefect.flow-run.{flow_run['id']}"},
         "related": [related],

@@ -7,8 +7,9 @@ its end explicitly, Failed with a message that counts as soon as one orphan coul
 
 import asyncio
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from uuid import UUID
 from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
+from prefect.events import emit_event
 from prefect.states import Completed, Failed
 from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -35,6 +36,7 @@ from orphan_recovery.flow_hold import (
     can_ask,
     hold_of_resumed_run,
     tell_of_hold,
+    this_run,
     undelivered_answers,
     who_asks,
     withdraw_questions,
@@ -77,6 +79,9 @@ from orphan_recovery.verdict import Outcome, Verdict
 
 FLOW_NAME = "recover-orphaned-runs"
 MOST_TASKS = 10_000
+BEAT = "orphan-recovery.beat"
+BEAT_SECONDS = 120.0
+"""Between two events that say that a sweep is at work still; the first comes after as long."""
 TASKS_AT_ONCE = 64
 """Task runs side by side. They mark together, so that each needs no connection of its own."""
 
@@ -131,6 +136,12 @@ async def recover_orphaned_runs(
         dry_run=dry_run,
     )
     report = SweepReport(request)
+    async with _beating():
+        return await _recover(report, task_each_up_to)
+
+
+async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
+    request = report.request
     if is_enabled():
         log_start(request)
         engine = make_engine(address(request.target))
@@ -301,6 +312,28 @@ async def _mark_each(
     failed += [v for v in verdicts if v.outcome is Outcome.FAILED]
 
 
+@asynccontextmanager
+async def _beating() -> AsyncIterator[None]:
+    """Tell Prefect's automations, now and then, that this flow run is at work still.
+
+    Prefect's own heartbeat does not serve for that. Its first one is sent as the flow run begins;
+    of a short sweep it may arrive after the end, as if that were not one.
+    """
+    run = this_run()
+
+    async def beat() -> None:
+        while run is not None:
+            await asyncio.sleep(BEAT_SECONDS)
+            about = {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
+            emit_event(event=BEAT, resource={**about, "prefect.resource.name": run.name})
+
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        beating.cancel()
+
+
 @contextmanager
 def _frozen() -> Iterator[None]:
     """Keep what has been loaded so far out of garbage collections.
@@ -335,8 +368,7 @@ async def _show(report: SweepReport) -> None:
 
 def _asked_by() -> str:
     """Which flow run asked, and who started that, for the ledger."""
-    context = FlowRunContext.get()
-    run = context.flow_run if context else None
+    run = this_run()
     if run is None:
         return f"flow {FLOW_NAME}"
     if run.auto_scheduled:

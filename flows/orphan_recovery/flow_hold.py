@@ -68,7 +68,7 @@ class Answer(RunInput):
 
 def hold_of_resumed_run() -> UUID | None:
     """The hold that this flow run asked about before it was suspended."""
-    run = _this_run()
+    run = this_run()
     return None if run is None else _hold_of(run)
 
 
@@ -87,7 +87,7 @@ def tell_of_hold(report: SweepReport) -> None:
 
 async def who_asks(report: SweepReport) -> str | None:
     """The name of another flow run that asks about the same hold already; None if there is none."""
-    this, tag = _this_run(), _tag(_held(report).hold_id)
+    this, tag = this_run(), _tag(_held(report).hold_id)
     async with get_client() as client:
         # One that has been resumed is on its way to heed the answer.
         living = (StateType.PAUSED, StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
@@ -100,7 +100,7 @@ def can_ask() -> bool:
 
     One that was resumed once cannot be again.
     """
-    run = _this_run()
+    run = this_run()
     if run is None or run.deployment_id is None or run.parent_task_run_id is not None:
         return False
     return _KEY not in (run.empirical_policy.pause_keys or ())
@@ -112,7 +112,7 @@ async def ask_in_the_ui(report: SweepReport) -> None:
     Raises:
         Pause: Prefect's own signal that ends the process; the flow run goes on when it is resumed.
     """
-    run = _this_run()
+    run = this_run()
     assert run is not None  # noqa: S101 - asked by the caller
     async with get_client() as client:  # first: a question that nobody can match is lost
         await client.update_flow_run(run.id, tags=[*run.tags, _tag(_held(report).hold_id)])
@@ -126,7 +126,7 @@ async def ask_in_the_ui(report: SweepReport) -> None:
 
 async def answer_of_resumed_run() -> Answer | None:
     """What was answered, if this flow run was held and has been resumed; else None."""
-    run = _this_run()
+    run = this_run()
     if run is None or _KEY not in (run.empirical_policy.pause_keys or ()):
         return None
     answer: Answer = await _suspend(Answer)  # it has fired already: this only reads the answer
@@ -167,7 +167,8 @@ async def withdraw_questions(ended: dict[UUID, str]) -> None:
             get_run_logger().info("flow run %s is cancelled: %s", run.name, told)
 
 
-def _this_run() -> FlowRun | None:
+def this_run() -> FlowRun | None:
+    """The flow run that this is; None outside of one."""
     context = FlowRunContext.get()
     return context.flow_run if context else None
 
