@@ -206,6 +206,8 @@ def test_a_held_sweep_waits_in_the_ui_and_marks_its_runs_once_a_person_says_so(
     assert "12 orphaned runs detected: 12 marked crashed" in ended["state"]["message"]
     assert {fleet.status(run) for run in silent} == {"crashed"}
     assert set(marks(api.task_runs(held["id"]))) == set(silent)
+    answered = "not suspended again, whatever the line above says: Ada L. has answered, mark them"
+    until(lambda: answered in str(api.logs(held["id"])), "the log's word")
     [approval] = approvals(fleet, hold)
     assert approval["approved_by"] == "Ada L., in Prefect's UI"
     assert approval["note"] == "rack on fire"
@@ -296,11 +298,51 @@ def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all
     ended = api.await_state(held["id"], *ENDS)
     assert ended["state_type"] == "COMPLETED"
     assert ended["state"]["message"] == (
-        f"hold {hold['hold_id']} was looked at by Ada L. and not released"
+        f"hold {hold['hold_id']} stands: Ada L. left its runs alone, so nobody is asked again; "
+        f"`orphan-recovery approve {hold['hold_id']} --target default` releases it still"
     )
     assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
     assert open_hold(fleet) == hold
     assert len(fleet.sweeps()) == swept
+
+
+@pytest.mark.parametrize("delivered", [True, False], ids=["delivered", "cancelled by Prefect"])
+def test_a_hold_that_a_person_left_alone_is_not_asked_about_again(
+    api: Api, fleet: Database, client: dict[str, str], delivered: bool
+) -> None:
+    silent = in_flight(fleet)
+    held = start_held(api)
+    hold = open_hold(fleet)
+    answer = {**YES, "decision": "leave them alone", "note": "the switch is being replaced"}
+    with fleet.connect() as blocker:
+        if not delivered:  # another sweep of the deployment is at work at that moment
+            blocker.execute("LOCK TABLE orphan_recovery.sweeps IN ACCESS EXCLUSIVE MODE")
+            api.await_state(api.start("scheduled").json()["id"], "RUNNING")
+        assert resume(api, held, answer)["status"] == "ACCEPT"
+        ended = api.await_state(held["id"], *ENDS)
+        assert ended["state_type"] == ("COMPLETED" if delivered else "CANCELLED")
+        blocker.rollback()
+    for _ in range(2):  # what the first finds, it leaves for the next
+        until(lambda: no_sweep_runs(api), "the end of the other sweep")
+        later = api.await_state(api.start("scheduled").json()["id"], "PAUSED", *ENDS)
+        assert (later["state_type"], later["state_name"]) == ("FAILED", "Held")
+        assert later["state"]["message"].endswith(
+            "; Ada L. left its runs alone (the switch is being replaced), so nobody is asked "
+            f"again; `orphan-recovery approve {hold['hold_id']} --target default` releases it still"
+        )
+        assert not [e for e in events(api, "orphan-recovery.held") if about(e, later)]
+    assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
+
+    approving = ("orphan-recovery", "approve", str(hold["hold_id"]))
+    here = {**client, "ORPHAN_RECOVERY_DATABASE_URL": fleet.url}
+    assert run(*approving, **here).returncode == 0
+    api.await_state(api.start("scheduled").json()["id"], "COMPLETED")
+    assert {fleet.status(run) for run in silent} == {"crashed"}
+
+
+def no_sweep_runs(api: Api) -> bool:
+    at_work = {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}}
+    return not api.find("flow_runs", flow_runs=at_work)
 
 
 def test_an_approval_after_the_fleet_came_back_releases_nothing_and_says_so(

@@ -39,6 +39,7 @@ from orphan_recovery.flow_hold import (
     this_run,
     undelivered_answers,
     who_asks,
+    who_left_them,
     withdraw_questions,
 )
 from orphan_recovery.flow_tasks import (
@@ -141,13 +142,13 @@ async def recover_orphaned_runs(
 
 
 async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
-    request = report.request
+    request, target = report.request, report.request.target.name
     if is_enabled():
         log_start(request)
         engine = make_engine(address(request.target))
         try:
             if (answer := await answer_of_resumed_run()) is not None:
-                refusal = await _heed(engine, hold_of_resumed_run(), answer)
+                refusal = await _heed(engine, target, hold_of_resumed_run(), answer)
                 if refusal is not None:
                     return Completed(message=refusal)
             await _sweep(engine, report, task_each_up_to)
@@ -162,17 +163,22 @@ async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
     message = report.headline()
     if report.held is not None:
         asker = await who_asks(report)
-        asks = report.is_held and asker is None and can_ask()
+        left = None if asker else await who_left_them(report)
+        asks = report.is_held and asker is None and left is None and can_ask()
         if report.held.is_new or asks:
             tell_of_hold(report)
         if asks:
             await ask_in_the_ui(report)  # ends this process
         message += f"; flow run {asker} waits for the answer" if asker else ""
+        if left is not None:
+            message += f"; {left.in_words(report.held.hold_id, target)}"
     name = HELD if report.is_held else "Failed"
     return Failed(name=name, message=message, data=SweepFailed(report))
 
 
-async def _heed(engine: AsyncEngine, hold_id: UUID | None, answer: Answer) -> str | None:
+async def _heed(
+    engine: AsyncEngine, target: str, hold_id: UUID | None, answer: Answer
+) -> str | None:
     """Record what a person answered about a hold.
 
     Returns:
@@ -181,14 +187,14 @@ async def _heed(engine: AsyncEngine, hold_id: UUID | None, answer: Answer) -> st
     if hold_id is None:
         return (
             "the answer was not heeded, for this flow run has lost the tag that names its hold: "
-            "release it with `orphan-recovery approve`"
+            "release it with `orphan-recovery approve HOLD`; `orphan-recovery doctor` names it"
         )
     with errors_in_a_line():
         async with transaction(engine) as connection:
             if not await is_open(connection, hold_id):
                 return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
             if answer.decision != MARK_THEM:
-                return f"hold {hold_id} was looked at by {answer.your_name} and not released"
+                return f"hold {hold_id} stands: {answer.in_words(hold_id, target)}"
             await approve(
                 connection,
                 str(hold_id),
@@ -208,7 +214,7 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         if look.doubt is not None and not request.dry_run:
             look = await _look_again(engine, report, look, look.doubt)
         async for hold_id, answer in undelivered_answers(look.open_holds):
-            await _heed(engine, hold_id, answer)
+            await _heed(engine, request.target.name, hold_id, answer)
         decision = await decide(engine, report, look)
         report.held = decision.held
         to_judge = min(look.fleet.orphans, request.limit or look.fleet.orphans)

@@ -3,8 +3,9 @@
 The hazard is a question that nobody hears, or that stops everything else. So the first flow run
 that stops at a hold is suspended and asks: its process ends, it keeps no place from the next
 sweep, and resuming it shows what was seen. Those that stop there later end Failed, by the name
-Held, and ask nobody twice; an answer that Prefect did not deliver is heeded by the next sweep, and
-a question that has become needless is withdrawn by it.
+Held, and ask nobody twice, not even whoever answered that they be left alone: that answer is kept
+with the flow run that asked. One that Prefect did not deliver is heeded by the next sweep, and a
+question that has become needless is withdrawn by it.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -20,7 +21,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.exceptions import Pause
@@ -65,6 +66,14 @@ class Answer(RunInput):
     )
     note: str = Field(default="", description="Why, for the ledger.")
 
+    def in_words(self, hold_id: UUID, target: str) -> str:
+        """That a person leaves the runs of a hold alone, why, and what releases it all the same."""
+        why = f" ({self.note})" if self.note else ""
+        return (
+            f"{self.your_name} left its runs alone{why}, so nobody is asked again; "
+            f"`orphan-recovery approve {hold_id} --target {target}` releases it still"
+        )
+
 
 def hold_of_resumed_run() -> UUID | None:
     """The hold that this flow run asked about before it was suspended."""
@@ -93,6 +102,19 @@ async def who_asks(report: SweepReport) -> str | None:
         living = (StateType.PAUSED, StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING)
         found = await _tagged(client, [tag], *living)
     return next((run.name for run in found if this is None or run.id != this.id), None)
+
+
+async def who_left_them(report: SweepReport) -> Answer | None:
+    """What was answered about this hold already, if it was to leave its runs alone.
+
+    Kept for as long as Prefect keeps the flow run that asked, whatever became of that.
+    """
+    async with get_client() as client:
+        for run in await _tagged(client, [_tag(_held(report).hold_id)], *TERMINAL_STATES):
+            answer = await _answer_to(run)
+            if answer is not None and answer.decision == LEAVE_THEM:
+                return answer
+    return None
 
 
 def can_ask() -> bool:
@@ -130,13 +152,15 @@ async def answer_of_resumed_run() -> Answer | None:
     if run is None or _KEY not in (run.empirical_policy.pause_keys or ()):
         return None
     answer: Answer = await _suspend(Answer)  # it has fired already: this only reads the answer
+    told = "not suspended again, whatever the line above says: %s has answered, %s"
+    get_run_logger().info(told, answer.your_name, answer.decision)
     return answer
 
 
 async def undelivered_answers(
     hold_ids: Sequence[UUID],
 ) -> AsyncIterator[tuple[UUID, Answer]]:
-    """What was answered about these holds by resuming a flow run that then was cancelled.
+    """Which of these holds were released by resuming a flow run that then was cancelled.
 
     Prefect cancels a flow run that is resumed while another sweep of its deployment runs, since
     at most one does at a time. An answer is forgotten once the caller has heeded it.
@@ -144,9 +168,9 @@ async def undelivered_answers(
     async with get_client() as client:
         for hold_id in hold_ids:
             for run in await _tagged(client, [_tag(hold_id)], StateType.CANCELLED):
-                told = await aread_flow_run_input(_RESPONSE, flow_run_id=run.id)
-                if told:
-                    yield hold_id, Answer(**told)
+                answer = await _answer_to(run)
+                if answer is not None and answer.decision == MARK_THEM:
+                    yield hold_id, answer
                     await adelete_flow_run_input(_RESPONSE, flow_run_id=run.id)
 
 
@@ -192,6 +216,12 @@ async def _tagged(client: PrefectClient, tags: list[str], *types: StateType) -> 
     state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))
     wanted = FlowRunFilter(tags=FlowRunFilterTags(any_=tags), state=state)
     return await client.read_flow_runs(flow_run_filter=wanted)
+
+
+async def _answer_to(run: FlowRun) -> Answer | None:
+    """What was answered to a flow run that asked, if anything was."""
+    told = await aread_flow_run_input(_RESPONSE, flow_run_id=run.id)
+    return Answer(**told) if told else None
 
 
 async def _suspend(form: type[Answer]) -> Any:
