@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -57,6 +58,26 @@ def test_the_schema_is_applied_once_and_again_without_harm(blank: Database) -> N
     first = shape(blank)
     assert set(columns(blank)) == COLUMNS
     assert migrate() == Migration(newest(), newest(), ())
+    assert shape(blank) == first
+
+
+@pytest.mark.parametrize("going", [migrate, unmigrate], ids=["up", "down"])
+def test_what_a_newer_version_left_is_refused_by_name(
+    blank: Database, going: Callable[[], Migration]
+) -> None:
+    migrate()
+    first = shape(blank)
+    blank.do(
+        "UPDATE orphan_recovery.schema_version SET version_num = 'ledger_9999'"
+        " WHERE version_num LIKE 'ledger%'"
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        going()
+    assert str(caught.value) == (
+        "the database is at revision ledger_9999, which this version does not know: it brings "
+        f"{newest()}. A newer version of orphan-recovery was here: install that one again; "
+        "nothing was changed"
+    )
     assert shape(blank) == first
 
 

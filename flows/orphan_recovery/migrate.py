@@ -149,6 +149,12 @@ def newest_revisions(target: Target) -> tuple[str, ...]:
     return tuple(sorted(script.get_revision(f"{b}@head").revision for b in _branches(target)))
 
 
+def unknown_revisions(there: tuple[str, ...]) -> list[str]:
+    """Those of ``there`` that this version of the package does not know: a newer one made them."""
+    known = {one.revision for one in ScriptDirectory.from_config(_config()).walk_revisions()}
+    return [name for name in there if name not in known]
+
+
 def ledger_sql() -> str:
     """The statements that make the ledger in a database that has none, for a DBA to read."""
     config, written = _config(), io.StringIO()
@@ -217,6 +223,7 @@ def _run(
         with engine.connect() as connection, _alone(connection):
             before = revisions(connection)
             connection.commit()
+            _require_known(before, target)
             config = _config()
             config.attributes["connection"] = connection
             connection.execute(select(func.set_config("lock_timeout", str(LOCK_TIMEOUT_MS), False)))
@@ -242,6 +249,16 @@ def _run(
         engine.dispose()
     changed = [f"revision {name}" for name in sorted({*before} ^ {*after})]
     return Migration(", ".join(before) or "none", ", ".join(after) or "none", (*changed, *done))
+
+
+def _require_known(there: tuple[str, ...], target: Target) -> None:
+    """What a newer version left here, this one can neither go on from nor undo."""
+    if unknown := unknown_revisions(there):
+        raise ConfigurationError(
+            f"the database is at revision {', '.join(unknown)}, which this version does not know: "
+            f"it brings {', '.join(newest_revisions(target))}. A newer version of orphan-recovery "
+            "was here: install that one again; nothing was changed"
+        )
 
 
 def _config() -> Config:
