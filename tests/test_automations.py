@@ -1,10 +1,13 @@
 """The alarms of deployments/automation.yaml, created on a real server, which is seen to act."""
 
 import asyncio
+import os
+import signal
 import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from prefect import flow
 
 import orphan_recovery.flow
 from orphan_recovery.flow import FLOW_NAME
-from prefect_support import ROOT, Api, client_of, flow_run_of, run, sweep
+from prefect_support import ROOT, Api, client_of, deploy, flow_run_of, process, run, sweep
 from support import Database, until
 
 FILE = ROOT / "deployments" / "automation.yaml"
@@ -227,6 +230,34 @@ async def test_a_sweep_that_is_long_at_work_beats_and_is_not_taken_for_dead(
     assert state.is_completed()
     assert db.status(orphan) == "crashed"
     assert not alarms(api, DIED, about=api.flow_run(flow_run_of(state)))
+
+
+def test_a_sweep_that_is_killed_with_its_worker_is_shown_as_crashed_and_short_ones_are_not(
+    db: Database, api: Api, as_written: None, impatient: None, tmp_path: Path
+) -> None:
+    client = client_of(api.url, tmp_path)
+    deploy(client)
+    api.pause_schedules()
+    environment = {**client, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    command = ("prefect", "worker", "start", "--pool", "process", "--type", "process")
+    with process(*command, log=tmp_path / "worker.log", **environment) as worker:
+        short = [start(api, "COMPLETED") for _ in range(3)]
+        with db.connect() as blocker:
+            blocker.execute("LOCK TABLE orphan_recovery.sweeps IN ACCESS EXCLUSIVE MODE")
+            killed = start(api, "RUNNING")
+            db.await_lock_wait()
+            worker.kill()
+            os.kill(int(str(killed["infrastructure_pid"]).rpartition(":")[2]), signal.SIGKILL)
+            ended = api.await_state(killed["id"], "CRASHED")
+    assert ended["state"]["message"].startswith("Not heard of for 10 minutes")
+    for one in short:
+        assert api.flow_run(one["id"])["state_type"] == "COMPLETED"
+        assert not alarms(api, FAILED, about=one)
+
+
+def start(api: Api, kind: str) -> dict[str, Any]:
+    """A sweep that the worker executes, once it is in this type of state."""
+    return api.await_state(api.start("scheduled").raise_for_status().json()["id"], kind)
 
 
 def goes_off(api: Api, name: str, *, seconds: float, about: dict[str, Any] | None = None) -> bool:
