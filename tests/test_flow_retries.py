@@ -1,9 +1,11 @@
 """The flow's retries: what is transient is tried again, by the policy's plan, and nothing else."""
 
 import asyncio
+from typing import Any
 
 import psycopg
 import pytest
+from prefect.client.schemas.objects import State
 from psycopg import sql
 from sqlalchemy import make_url
 
@@ -81,6 +83,9 @@ async def test_a_lost_database_ends_the_sweep_loudly_and_the_next_one_goes_on(
         state = await sweeping
     allow_connections(server, db, True)
     assert state.is_failed()
+    told = await asyncio.to_thread(log_of, api, state)
+    assert [line for line in told if "Retry 1/4" in line]
+    assert [line for line in told if "\n" in line or "Traceback" in line] == []
     assert "80 FAILED" in (state.message or "")
     assert "not currently accepting connections" in (state.message or "")
     tried = marks(api.task_runs(flow_run_of(state)))
@@ -89,6 +94,40 @@ async def test_a_lost_database_ends_the_sweep_loudly_and_the_next_one_goes_on(
     assert set(db.statuses().values()) == {"running"}
     assert (await sweep(api)).is_completed()
     assert db.statuses() == dict.fromkeys(orphans, "crashed")
+
+
+async def test_a_ledger_that_is_not_there_is_told_by_what_to_do_about_it(
+    db: Database, api: Api
+) -> None:
+    """And not by the database's words for it, which are behind that."""
+    db.add_orphans(1)
+    db.do("ALTER SCHEMA orphan_recovery RENAME TO put_away")
+    state = await sweep(api)
+    assert state.is_failed()
+    told = [state.message or "", *log_of(api, state)]
+    told += [one["data"] for one in api.artifacts(flow_run_of(state)).values()]
+    assert "orphan-recovery migrate" in told[0]
+    assert [line for line in told if "UndefinedTable" in line or "Traceback" in line] == []
+
+
+async def test_a_value_that_a_person_must_set_right_is_told_in_a_line(
+    db: Database, api: Api
+) -> None:
+    state = await sweep(api, target="nobody's")
+    assert "ConfigurationError" in (state.message or "")
+    assert [line for line in log_of(api, state) if "\n" in line] == []
+
+
+def log_of(api: Api, state: State[Any]) -> list[str]:
+    """What a flow run and its task runs have logged, once all of it has arrived."""
+    mine = {"flow_run_id": {"any_": [str(flow_run_of(state))]}}
+
+    def told() -> list[str]:
+        pages = [api.find("logs", logs=mine, limit=200, offset=n) for n in range(0, 1_000, 200)]
+        return [log["message"] for page in pages for log in page]
+
+    until(lambda: any(f"Failed({state.message!r})" in line for line in told()), "its log")
+    return told()
 
 
 _OURS_WAIT = (

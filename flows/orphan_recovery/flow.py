@@ -43,6 +43,7 @@ from orphan_recovery.flow_hold import (
     withdraw_questions,
 )
 from orphan_recovery.flow_tasks import (
+    behind,
     decide,
     detect,
     errors_in_a_line,
@@ -221,7 +222,7 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         mark_all = _mark_many if to_judge > task_each_up_to else _mark_each
         await mark_all(engine, report, decision, failed)
     except Exception as error:
-        report.error = describe(error.__cause__ or error)
+        report.error = describe(behind(error))
     if report.fleet is None:  # it never began, and has nothing to close
         return
     try:
@@ -229,7 +230,7 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         report.judged(settled)
     except Exception as error:
         report.judged(failed)
-        report.error = report.error or describe(error.__cause__ or error)
+        report.error = report.error or describe(behind(error))
     else:
         await _withdraw_questions(engine, request)
 
@@ -242,7 +243,7 @@ async def _withdraw_questions(engine: AsyncEngine, request: SweepRequest) -> Non
         ended = await in_transaction(engine, partial(ended_holds, within=ASKED_FOR))
         await withdraw_questions(ended)
     except Exception as error:
-        told = describe(error.__cause__ or error)
+        told = describe(behind(error))
         get_run_logger().warning("questions about ended holds were not withdrawn: %s", told)
 
 
@@ -305,7 +306,7 @@ async def _mark_each(
             return marks.verdicts[run.id]
         result = await state.aresult(raise_on_failure=False)
         error = result if isinstance(result, BaseException) else RuntimeError(state.message)
-        error = error.__cause__ or error
+        error = behind(error)
         if is_outage(error):
             outage = describe(error)
         verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))

@@ -2,7 +2,7 @@
 
 The hazard is one failed mark that fails all, or a try that can only fail again. So each task run
 is retried by itself, by the policy's plan and only for what is transient; and what it raises is
-one line, for people who read it in the UI.
+one line, for people who read it in the UI or in the log.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_transient, retry_plan
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.sweep import Look, begin, decide_on, finish, look_again_at
 from orphan_recovery.turn import in_turn
 from orphan_recovery.verdict import Verdict
@@ -43,7 +44,7 @@ STRETCH_SECONDS = 5.0
 async def _worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
     """Prefect's question, answered by the policy. It has to be async: see ``Task.retries``."""
     error = await state.aresult(raise_on_failure=False)
-    return isinstance(error, BaseException) and is_transient(error.__cause__ or error)
+    return isinstance(error, BaseException) and is_transient(behind(error))
 
 
 _PLAN = retry_plan()
@@ -67,7 +68,17 @@ def unseen(value: T) -> T:
 
 
 class DatabaseError(RuntimeError):
-    """A database error in one line, for people who read it in the UI; its cause is the error."""
+    """A database error in one line, for people who read it in the UI."""
+
+    def __init__(self, told: str, raised: DBAPIError | None = None) -> None:
+        super().__init__(told)
+        self.raised = raised
+        """What the database raised: kept here, for a cause is printed with its whole traceback."""
+
+
+def behind(error: BaseException) -> BaseException:
+    """What the database raised, of a :class:`DatabaseError`; any other error is told as it is."""
+    return error.raised or error if isinstance(error, DatabaseError) else error
 
 
 @contextmanager
@@ -76,7 +87,20 @@ def errors_in_a_line() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:  # its own text is the whole statement
-        raise DatabaseError(describe(error)) from error
+        raise DatabaseError(describe(error), error) from None
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Prefect logs each failed try with forty lines of its own code: of what is told to people in
+    one line, that line is all."""
+    raised = record.exc_info[1] if record.exc_info else None
+    if isinstance(raised, (DatabaseError, ConfigurationError)):
+        record.exc_info = None
+    return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_without_traceback)
 
 
 @asynccontextmanager
