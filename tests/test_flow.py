@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import pytest
+from prefect.client.schemas.objects import State
 from sqlalchemy import make_url
 
 from orphan_recovery import flow_tasks
@@ -431,6 +432,31 @@ async def test_recovery_that_is_switched_off_touches_nothing(
     assert state.message == ("recovery is switched off: nothing was read and nothing was marked")
     assert db.status(orphan) == "running"
     assert db.sweeps() == []
+    assert await asyncio.to_thread(level_of, api, state) == logging.WARNING
+
+
+async def test_what_a_sweep_warns_of_is_a_warning_in_the_log_of_its_flow_run(
+    db: Database, api: Api
+) -> None:
+    db.add_run("ahead", age="-1 hour")
+    ahead = await sweep(api)
+    db.do("UPDATE worker_runs SET created_at = now(), started_at = now()")
+    well = await sweep(api)
+    levels = [await asyncio.to_thread(level_of, api, state) for state in (ahead, well)]
+    assert levels == [logging.WARNING, logging.INFO]
+
+
+def level_of(api: Api, state: State[Any]) -> int:
+    """Of the headline in the flow run's log, once it has arrived."""
+    mine = {"flow_run_id": {"any_": [str(flow_run_of(state))]}}
+
+    def told() -> list[int]:
+        return [
+            log["level"] for log in api.find("logs", logs=mine) if log["message"] == state.message
+        ]
+
+    until(lambda: bool(told()), "the headline in the log")
+    return told()[0]
 
 
 async def test_a_run_that_finishes_while_its_task_waits_is_left_alone(

@@ -363,8 +363,9 @@ async def _show(report: SweepReport) -> None:
     name = report.request.target.name
     key = "orphan-recovery" if name == DEFAULT_TARGET else f"orphan-recovery-{name}"
     key = key.replace("_", "-")
-    level = "info" if report.ended_well else "error"
-    getattr(get_run_logger(), level)(report.headline())
+    level = logging.INFO if report.enabled and not report.warnings() else logging.WARNING
+    level = level if report.ended_well else logging.ERROR
+    get_run_logger().log(level, report.headline())
     await acreate_table_artifact(
         key=f"{key}-verdicts", table=as_table(report), description=report.headline()
     )
