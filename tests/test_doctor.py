@@ -235,6 +235,17 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
             "`orphan-recovery migrate --target default`",
         ),
         (
+            [
+                "UPDATE orphan_recovery.schema_version SET version_num = 'ledger_0099'"
+                " WHERE version_num = 'ledger_0001'"
+            ],
+            {},
+            Level.FAILURE,
+            "ledger",
+            "at ledger_0099, which this version does not know",
+            "install that version again",
+        ),
+        (
             ["UPDATE worker_runs SET heartbeat_at = now() + interval '1 hour' WHERE id = 'run-5'"],
             {},
             Level.FAILURE,

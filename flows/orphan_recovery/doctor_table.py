@@ -19,7 +19,7 @@ from orphan_recovery.ddl import (
 from orphan_recovery.detect import orphans
 from orphan_recovery.finding import Examined, Finding, Level
 from orphan_recovery.ledger import SCHEMA
-from orphan_recovery.migrate import newest_revisions, revisions
+from orphan_recovery.migrate import newest_revisions, revisions, unknown_revisions
 from orphan_recovery.runs import ROLES
 from orphan_recovery.targets import where
 
@@ -256,6 +256,9 @@ async def look_at_truth_trigger(asked: Examined) -> list[Finding]:
 async def look_at_ledger(asked: Examined) -> list[Finding]:
     target = asked.table.target
     there = set(await asked.db.run_sync(revisions))
+    if unknown := unknown_revisions(tuple(sorted(there))):
+        told = f"at {', '.join(unknown)}, which this version does not know: a newer one was here"
+        return [Finding(Level.FAILURE, "ledger", told, "install that version again")]
     way_out = f"as the owner: `orphan-recovery migrate --target {target.name}`"
     if lacking := [name for name in newest_revisions(target) if name not in there]:
         told = f"the schema {SCHEMA!r} lacks {', '.join(lacking)}"
