@@ -267,14 +267,10 @@ def _counted(
         .limit(1)
         .subquery()
     )
-    counts = select(
-        select(func.count()).select_from(locked).scalar_subquery().label("taken"),
-        select(func.count()).select_from(marked).scalar_subquery().label("marked"),
-        select(func.array_agg(marked.c.run_id)[1:10].label("some"))
-        .where(~marked.c.stands)
-        .scalar_subquery()
-        .label("undone"),
-    ).subquery()
+    undone = func.array_agg(marked.c.run_id).filter(~marked.c.stands)
+    taken = select(func.count()).select_from(locked).scalar_subquery().label("taken")
+    counted = (taken, func.count().label("marked"), undone[1:10].label("undone"))
+    counts = select(*counted).select_from(marked).subquery()
     # The insert is executed to its end although nothing of it is asked for.
     return (
         select(*counts.c, last.c.created_at, last.c.id.label("run_id"))
