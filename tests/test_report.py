@@ -48,6 +48,12 @@ def postponed() -> SweepReport:
     return told
 
 
+def hidden() -> SweepReport:
+    told = report()
+    told.hides_rows = True
+    return told
+
+
 def contested() -> SweepReport:
     told = report()
     told.marked_lately, told.contested_lately = 20, 1
@@ -77,6 +83,12 @@ def contested() -> SweepReport:
             "`orphan-recovery summary --target billing` names them",
         ),
         (
+            hidden(),
+            "row security may hide runs of worker_runs from this role",
+            "row security may hide runs",
+            "a policy that shows it every row",
+        ),
+        (
             report(undatable=2),
             "2 in flight without any sign of life cannot be judged",
             "in flight without any sign of life",
@@ -90,7 +102,7 @@ def contested() -> SweepReport:
             "Set the clock of those hosts right",
         ),
     ],
-    ids=["dry run", "postponed", "contested", "undatable", "ahead"],
+    ids=["dry run", "postponed", "contested", "hidden", "undatable", "ahead"],
 )
 def test_a_warning_is_what_is_in_the_headline_and_what_to_do_below_it(
     told: SweepReport, headline: str, quoted: str, step: str
