@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--docs", type=Path, help="draw the plots into that folder")
     asked = parser.parse_args()
+    for folder in (asked.docs, asked.json and asked.json.parent):  # not to fail for it at the end
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
     # Byte code is kept, as it is wherever the product runs; else every process compiles anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     size = QUICK if asked.quick else FULL

@@ -105,6 +105,31 @@ async def test_a_session_that_would_read_another_table_is_refused(
             await detect_orphaned_runs(session)
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("DateStyle = 'German'", "DateStyle 'German, DMY'.*SET DateStyle = ISO"),
+        ("IntervalStyle = 'postgres_verbose'", "IntervalStyle 'postgres_verbose'"),
+    ],
+)
+async def test_a_session_whose_times_the_driver_cannot_read_is_refused(
+    blank: Database,
+    callers: AsyncEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: LiteralString,
+    told: str,
+) -> None:
+    migrate(make(blank, tmp_path, monkeypatch, "timestamptz"))
+    blank.do("INSERT INTO jobs VALUES ('dead', 'running', 'w', now() - interval '2 hours')")
+    set_for_all(blank, setting)
+    async with AsyncSession(callers) as session:
+        with pytest.raises(ConfigurationError, match=told):
+            await detect_orphaned_runs(session)
+        await session.execute(text("SET LOCAL DateStyle = ISO; SET LOCAL IntervalStyle = postgres"))
+        assert [run.id for run in await detect_orphaned_runs(session)] == ["dead"]
+
+
 async def test_a_session_that_commits_each_statement_is_refused_where_a_lock_has_to_be_kept(
     blank: Database, callers: AsyncEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

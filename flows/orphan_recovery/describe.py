@@ -42,6 +42,8 @@ from orphan_recovery.targets import no_file_told, where
 
 _AWARE = TIMESTAMP(timezone=True)
 
+_READABLE = {"DateStyle": "ISO", "IntervalStyle": "postgres"}
+
 _known: WeakKeyDictionary[Engine, dict[Target, RunsTable]] = WeakKeyDictionary()
 
 
@@ -63,7 +65,7 @@ async def runs_table(db: Executor, target: Target, *, anew: bool = False) -> Run
         connection = db
     else:
         connection, anew = await db.connection(), True
-        _check_session(connection)
+        await _check_session(connection)
     known = _known.setdefault(connection.engine.sync_engine, {})
     found = known.get(target)
     if found is None or (anew and await connection.run_sync(_has_changed, found)):
@@ -80,7 +82,7 @@ def _has_changed(connection: Connection, runs: RunsTable) -> bool:
     )
 
 
-def _check_session(connection: AsyncConnection) -> None:
+async def _check_session(connection: AsyncConnection) -> None:
     if connection.dialect.driver != "psycopg":
         raise ConfigurationError(
             f"this session is on the driver {connection.dialect.driver!r}: give one of an engine "
@@ -92,6 +94,14 @@ def _check_session(connection: AsyncConnection) -> None:
             "this session has a schema_translate_map, by which statements would read another "
             "table than was looked up: give one without; a target's table may name its schema"
         )
+    raw = (await connection.get_raw_connection()).driver_connection
+    for setting, readable in _READABLE.items():
+        has = None if raw is None else raw.info.parameter_status(setting)
+        if has and has.partition(",")[0] != readable:
+            raise ConfigurationError(
+                f"this session has {setting} {has!r}, which the driver cannot read times by: "
+                f"SET {setting} = {readable} in it"
+            )
 
 
 def describe_runs(
