@@ -30,8 +30,8 @@ class UndoneError(RuntimeError):
 
     def __init__(self, run_ids: Sequence[str]) -> None:
         super().__init__(
-            f"a trigger of the table put {', '.join(map(repr, run_ids))} back in flight while it "
-            "was marked: let it pass a row that becomes crashed"
+            f"a trigger of the table put {', '.join(map(repr, run_ids))} back in flight during the "
+            "mark: let it pass a row that becomes crashed"
         )
 
 

@@ -53,8 +53,8 @@ async def look_at_queue(asked: Examined) -> list[Finding]:
         return []
     found = orphans(table, asked.request).order_by(None).subquery()
     begun = or_(found.c.worker_id.is_not(None), found.c.started_at.is_not(None))
-    counted = select(found.c.status, func.count()).where(~begun).group_by(found.c.status)
-    waiting = {row[0]: row[1] for row in await asked.db.execute(counted)}
+    statement = select(found.c.status, func.count()).where(~begun).group_by(found.c.status)
+    waiting = {row[0]: row[1] for row in await asked.db.execute(statement)}
     if not waiting:
         return []
     told = ", ".join(f"{status}: {runs:,}" for status, runs in sorted(waiting.items()))

@@ -127,7 +127,8 @@ class Locks:
         self, connection: AsyncConnection, table: RunsTable, runs: Sequence[Run]
     ) -> dict[Run, str]:
         """Whose lock each run has. Returns the runs that were refused, and why."""
-        self._whose = {run: whose for run, whose in self._whose.items() if run in runs}
+        given = set(runs)
+        self._whose = {run: whose for run, whose in self._whose.items() if run in given}
         name = "key" if self.target.lock == "run" else "held_as"
 
         async def learn(some: Sequence[Run]) -> None:
