@@ -156,6 +156,44 @@ def test_a_truth_trigger_that_fires_on_a_replica_alone_is_none(blank: Database) 
         blank.do('DELETE FROM "a.b"."Läufe %s" WHERE "n\'r" = 3')
 
 
+def test_a_truth_trigger_that_is_switched_off_goes_with_the_rest(blank: Database) -> None:
+    odd(blank)
+    migrate(ODD_TARGET)
+    blank.do('ALTER TABLE "a.b"."Läufe %s" DISABLE TRIGGER prevent_worker_run_mutation')
+    assert unmigrate(ODD_TARGET).after == "none"
+    assert triggers(blank) == []
+
+
+def test_a_trigger_that_fires_later_cannot_reopen_a_terminal_row(blank: Database) -> None:
+    """The truth trigger judges what is stored, not what the statement asked for."""
+    odd(blank)
+    migrate(ODD_TARGET)
+    blank.do(
+        "CREATE FUNCTION reopen() RETURNS trigger LANGUAGE plpgsql AS"
+        """ $$ BEGIN NEW."st\\at""us" := 'läuft'; RETURN NEW; END $$"""
+    )
+    blank.do(
+        'CREATE TRIGGER zz_last BEFORE UPDATE ON "a.b"."Läufe %s"'
+        " FOR EACH ROW EXECUTE FUNCTION reopen()"
+    )
+    with pytest.raises(psycopg.errors.RaiseException, match=r"TRUTH_VIOLATION: run .* is fertig"):
+        blank.do('UPDATE "a.b"."Läufe %s" SET note = \'read\' WHERE "n\'r" = 3')
+    assert blank.one('SELECT "st\\at""us" FROM "a.b"."Läufe %s" WHERE "n\'r" = 3') == "fertig\\"
+
+
+def test_a_terminal_row_whose_key_is_generated_may_be_annotated(blank: Database) -> None:
+    blank.do(
+        "CREATE TABLE jobs (number int, id text GENERATED ALWAYS AS ('job-' || number) STORED"
+        " PRIMARY KEY, status text NOT NULL, created_at timestamptz, note text)"
+    )
+    target = Target(name="jobs", table="jobs", terminal=("completed", "crashed"))
+    migrate(target.model_copy(update={"truth_trigger": True}))
+    blank.do("INSERT INTO jobs VALUES (1, DEFAULT, 'completed', now())")
+    blank.do("UPDATE jobs SET note = 'read'")
+    with pytest.raises(psycopg.errors.RaiseException, match="TRUTH_VIOLATION: run job-1 is"):
+        blank.do("UPDATE jobs SET number = 2")
+
+
 def test_a_trigger_of_that_name_that_is_anothers_is_not_replaced(blank: Database) -> None:
     odd(blank)
     blank.do(

@@ -55,7 +55,7 @@ def undoing(connection: Connection, runs: RunsTable) -> list[Change]:
         if _index_of(connection, runs.relation.oid, name, None) is not None:
             drop = _sql("DROP INDEX {}", _qualified(runs.relation.schema, name))
             undone.append(Change(f"drop index {name}", (drop,)))
-    if _trigger_argument(connection, runs.relation) is not None:
+    if _trigger(connection, runs.relation) is not None:
         drop = _drop_trigger(runs)
         undone.append(Change("drop the truth trigger", (drop,)))
     return undone
@@ -148,7 +148,7 @@ def written_columns(runs: RunsTable) -> list[str]:
 
 def truth_trigger_is_there(connection: Connection, runs: RunsTable) -> bool:
     """Whether the truth trigger guards the table, as the target describes it now, and fires."""
-    return _trigger_argument(connection, runs.relation) == _truth_argument(runs)
+    return _trigger(connection, runs.relation) == _Trigger(_truth_argument(runs), fires_last=True)
 
 
 def drop_truth_trigger(runs: RunsTable) -> str:
@@ -167,8 +167,9 @@ def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:
         return []
     _refuse_anothers_trigger(connection, runs)
     terminal = sql.SQL(", ").join(sql.Literal(status) for status in runs.target.ends or ())
+    # After, not before: it sees the row as it is stored, whatever other triggers made of it.
     create = _sql(
-        "CREATE OR REPLACE TRIGGER {} BEFORE UPDATE OR DELETE ON {} "
+        "CREATE OR REPLACE TRIGGER {} AFTER UPDATE OR DELETE ON {} "
         "FOR EACH ROW WHEN (OLD.{} IN ({})) EXECUTE FUNCTION {}.{}({})",
         sql.Identifier(TRUTH_TRIGGER),
         _table(runs),
@@ -208,14 +209,24 @@ def _truth_argument(runs: RunsTable) -> str:
     return json.dumps(told, ensure_ascii=False)
 
 
-def _trigger_argument(connection: Connection, relation: Relation) -> str | None:
+@dataclass(frozen=True, slots=True)
+class _Trigger:
+    argument: str | None
+    fires_last: bool
+    """After all that may still change the row, and for everybody who does not replicate."""
+
+
+def _trigger(connection: Connection, relation: Relation) -> _Trigger | None:
+    """The trigger on the table that calls the function of the truth trigger, by that name."""
     statement = text(
-        "SELECT convert_from(substr(tgargs, 1, length(tgargs) - 1), getdatabaseencoding())"
-        " FROM pg_trigger WHERE tgrelid = :table AND tgname = :name AND tgenabled IN ('O', 'A')"
-        " AND octet_length(tgargs) > 0"
+        "SELECT convert_from(rtrim(tgargs, '\\x00'), getdatabaseencoding())"
+        " AS argument, tgenabled IN ('O', 'A') AND tgtype & 2 = 0 AS fires_last"  # 2: BEFORE
+        " FROM pg_trigger WHERE tgrelid = :table AND tgname = :name AND tgfoid = to_regprocedure("
+        "format('%I.%I()', CAST(:schema AS text), CAST(:name AS text)))"
     )
-    found = connection.scalar(statement, {"table": relation.oid, "name": TRUTH_TRIGGER})
-    return None if found is None else str(found)
+    asked = {"table": relation.oid, "name": TRUTH_TRIGGER, "schema": SCHEMA}
+    found = connection.execute(statement, asked).mappings().one_or_none()
+    return None if found is None else _Trigger(**found)
 
 
 def _index_names(runs: RunsTable) -> dict[str, sql.Composed]:

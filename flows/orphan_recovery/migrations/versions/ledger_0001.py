@@ -35,7 +35,7 @@ BEGIN
             USING ERRCODE = 'P0001',
                   HINT = 'A retry is a new row that points to this one as its parent.';
     END IF;
-    RETURN NEW;
+    RETURN NULL;  -- is ignored: the row is written, or all is rolled back
 END $$
 """
 
