@@ -255,7 +255,7 @@ class Deeds:
 
     async def _finish(self, db: AsyncSession, worker: str, run: str) -> None:
         table, before = await runs_table(db, self.world.target), self.writes()
-        result = write._Result("completed", {"by": worker}, None)
+        result = write.Result("completed", {"by": worker}, None)
         won = (await db.execute(write._finishing(table, run, worker, result))).first()
         row, old = await self.witnessed(db, run, before)
         must((won is None) == (old is None), "a result says", won, "and wrote over", old)
@@ -264,7 +264,7 @@ class Deeds:
     async def report(self, worker: str, run: str, status: str, *, first: bool) -> None:
         """The worker's own way to report a result, in transactions of its own."""
         before = self.writes()
-        result = write._Result(status, {"by": worker}, None)
+        result = write.Result(status, {"by": worker}, None)
         told: RunLost | None = None
         self.world.wait_for_locks(self.patience)
         try:

@@ -1,6 +1,7 @@
 """Alive: a result is written once, by whoever holds the run, and a late one is contested."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,14 @@ from alive_support import (
     waits,
 )
 from orphan_recovery import ConfigurationError
-from orphan_recovery.alive import LostBy, RunLost, claim, finish_run, finish_run_sync
+from orphan_recovery.alive import (
+    LostBy,
+    RunLost,
+    claim,
+    finish_run,
+    finish_run_sync,
+    keep_alive,
+)
 from support import Database, until
 
 pytestmark = pytest.mark.usefixtures("no_beater_is_left", "the_minute_has_begun")
@@ -219,3 +227,41 @@ async def test_a_finish_that_is_given_up_leaves_the_run_as_it_is(db: Database) -
                 await finish_run("run", worker_id="worker-1")
     await asyncio.to_thread(until, lambda: not waits(db), "the end of its statement")
     assert db.status("run") == "running"
+
+
+@pytest.mark.parametrize("sync", [False, True])
+async def test_a_result_goes_where_the_beats_go_though_the_settings_are_another_by_now(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: bool
+) -> None:
+    """Such as a file of targets that lies in the folder which the work leaves."""
+    db.add_run("1")
+    db.do("CREATE TABLE jobs (id int PRIMARY KEY, status text, heartbeat_at timestamptz)")
+    db.do("INSERT INTO jobs VALUES (1, 'running', now())")
+    (tmp_path / "orphan-recovery.toml").write_text('[targets.default]\ntable = "jobs"\n')
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.chdir(tmp_path)
+    async with keep_alive("1") as alive:
+        monkeypatch.chdir("scratch")
+        if sync:
+            await asyncio.to_thread(alive.finish_sync)
+        else:
+            await alive.finish()
+    assert db.one("SELECT status FROM jobs") == "completed"
+    assert db.statuses() == {"1": "running"}
+
+
+async def test_a_result_needs_no_beat_that_fits(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block has an interval of its own; a claim and a result beat for nobody."""
+    monkeypatch.setenv("ORPHAN_RECOVERY_TARGETS__DEFAULT__HEARTBEAT_SECONDS", "900")
+    db.add_run("kept", status="queued", worker=None)
+    db.add_run("alone")
+    with pytest.raises(ConfigurationError, match="a beat every 900 seconds does not go with"):
+        async with keep_alive("kept"):
+            pass
+    assert await claim("kept", "worker-1")
+    async with keep_alive("kept", worker_id="worker-1", interval=5) as alive:
+        await alive.finish(output=1)
+    await finish_run("alone", output=1)
+    assert db.statuses() == {"kept": "completed", "alone": "completed"}

@@ -182,7 +182,7 @@ def approve(
 def _person() -> str:
     try:
         return f"{getpass.getuser()} on {socket.gethostname()}"
-    except OSError:  # a user without a name, as in some containers
+    except (OSError, KeyError, ImportError):  # a user without a name, as in some containers
         return f"user {os.getuid()} on {socket.gethostname()}"
 
 

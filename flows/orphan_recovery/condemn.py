@@ -29,10 +29,14 @@ class UndoneError(RuntimeError):
     """
 
     def __init__(self, run_ids: Sequence[str]) -> None:
+        self.run_ids = tuple(run_ids)
         super().__init__(
             f"a trigger of the table put {', '.join(map(repr, run_ids))} back in flight during the "
             "mark: let it pass a row that becomes crashed"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UndoneError, (self.run_ids,)
 
 
 def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, Insert]:

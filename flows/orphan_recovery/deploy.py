@@ -106,6 +106,7 @@ async def trigger_sweep(
     Raises:
         ConfigurationError: no Prefect API is configured or reachable, it has no such deployment,
             or it refused the parameters.
+        WaitingFailed: the API was lost while waiting.
     """
     api = _require_api()
     deployment = f"{FLOW_NAME}/{ON_DEMAND}"
@@ -132,7 +133,18 @@ async def trigger_sweep(
     tell(f"flow run {run.name}: {url_for(run) or run.id}")
     if not wait:
         return run
-    return await _follow(run, timeout_seconds, tell)
+    try:
+        return await _follow(run, timeout_seconds, tell)
+    except (PrefectHTTPStatusError, httpx.TransportError) as error:
+        why = _detail(error) if isinstance(error, PrefectHTTPStatusError) else type(error).__name__
+        raise WaitingFailed(
+            f"the Prefect API at {api} was lost while waiting ({why}); flow run {run.name} goes on "
+            "all the same: look there, or trigger again"
+        ) from None
+
+
+class WaitingFailed(ConnectionError):  # noqa: N818 - named for what a pipeline reads
+    """A sweep was started, and how it ends is not known here."""
 
 
 async def _follow(run: FlowRun, timeout_seconds: float, tell: Callable[[str], None]) -> FlowRun:

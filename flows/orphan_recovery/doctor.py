@@ -75,6 +75,8 @@ async def _database(engine: AsyncEngine, target: Target, schedule: Schedule) -> 
     try:
         async with _look(engine) as db:
             findings = [await _server(db)]
+            if findings[0].level is Level.FAILURE:
+                return findings  # nothing that is asked of it would be of use
             request = SweepRequest(asked_by="doctor", target=target)
             table = await runs_table(db, target)
     except ConfigurationError as error:
@@ -93,6 +95,8 @@ async def _database(engine: AsyncEngine, target: Target, schedule: Schedule) -> 
             told = f"could not be asked: {describe(error)}"
             way_out = "give this role the right to read it, or try again at a quieter time"
             findings.append(Finding(Level.FAILURE, about, told, way_out))
+        except ConfigurationError as error:  # such as a schema that is dropped at this moment
+            findings.append(Finding(Level.FAILURE, about, str(error)))
     return findings
 
 

@@ -97,11 +97,15 @@ class UndecidedError(RuntimeError):
     """
 
     def __init__(self, run: WorkerRun) -> None:
+        self.run = run
         super().__init__(
             f"run {run.id!r} is unchanged since it was detected, yet was not marked (the server "
             "may have been restarted since, so that nobody could beat, or a trigger of the table "
             "kept it from being updated); the next sweep looks anew"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UndecidedError, (self.run,)
 
 
 async def mark(

@@ -116,7 +116,8 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
         async with ledger_there():
             now = await look_at_circumstances(db, request)
         look, timeline = await look_at(db, request, now), now.timeline
-        look = replace(look, hides_rows=table.relation.hides_rows)
+        if table.relation.hides_rows:  # it answers for nobody who may see more
+            look, question = replace(look, hides_rows=True), None
     else:
         fleet, timeline = await left_by(db, seen_by)
         look = Look(None, fleet, None, None, seen_by=seen_by)

@@ -262,13 +262,12 @@ _beaters: dict[tuple[Target, URL, float], Beater] = {}
 _making = threading.Lock()
 
 
-def beater_of(target: Target, url: URL, interval: float | None) -> Beater:
-    """The beater of this process for ``target``; started when it is first asked for.
+def interval_for(target: Target, interval: float | None) -> float:
+    """Seconds between two beats for the runs of ``target``.
 
     Args:
         target: whose runs.
-        url: its database.
-        interval: seconds between beats; None for the target's ``heartbeat_seconds``, else 10.
+        interval: as somebody asks for; None for the target's ``heartbeat_seconds``, else 10.
 
     Raises:
         ConfigurationError: the interval is not above 0, or three beats do not fit into the
@@ -288,11 +287,22 @@ def beater_of(target: Target, url: URL, interval: float | None) -> Beater:
             f"a beat every {seconds:g} seconds does not go with a threshold of {least} seconds "
             f"(target {target.name!r}): beat at least {BEATS_IN_A_THRESHOLD} times within it"
         )
+    return seconds
+
+
+def beater_of(target: Target, url: URL, interval: float) -> Beater:
+    """The beater of this process for ``target``; started when it is first asked for.
+
+    Args:
+        target: whose runs.
+        url: its database.
+        interval: seconds between beats.
+    """
     with _making:
-        key = (target, url, seconds)
+        key = (target, url, interval)
         found = _beaters.get(key)
         if found is None or found.pid != os.getpid():  # threads do not survive a fork
-            found = _beaters[key] = Beater(target, url, seconds)
+            found = _beaters[key] = Beater(target, url, interval)
         return found
 
 

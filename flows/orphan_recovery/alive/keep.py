@@ -10,14 +10,17 @@ import ctypes
 import sys
 import threading
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orphan_recovery.alive.beater import Beater, Hold, beater_of
+from orphan_recovery.alive.beater import Beater, Hold, await_future, beater_of, interval_for
 from orphan_recovery.alive.lost import RunLost
-from orphan_recovery.alive.write import finish_run, finish_run_sync
+from orphan_recovery.alive.write import Result, submit_finish
 from orphan_recovery.database import address
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 
 class keep_alive:  # noqa: N801 - used as a function
@@ -107,13 +110,14 @@ class keep_alive:  # noqa: N801 - used as a function
                 f"target {self._target.name!r} keeps a lock for each worker: name the worker that "
                 f"holds run {self._run_id!r}"
             )
-        beater = beater_of(self._target, address(self._target), self._interval)
+        interval = interval_for(self._target, self._interval)
+        beater = beater_of(self._target, address(self._target), interval)
         beater.require_place()
         return beater
 
     def _begin(self, on_loss: Any) -> "Alive":
         self._hold = self._beater.hold(self._run_id, self._worker_id, on_loss)
-        return Alive(self._hold, self._target.name, self._beater)
+        return Alive(self._hold, self._beater)
 
     def _cancel_task(self, _: RunLost) -> None:
         self._loop.call_soon_threadsafe(self._cancel_now)
@@ -162,8 +166,8 @@ def _is_at_a_door(thread: int) -> bool:
 class Alive:
     """A run that is being kept alive."""
 
-    def __init__(self, hold: Hold, target: str, beater: Beater) -> None:
-        self._hold, self._target, self._beater = hold, target, beater
+    def __init__(self, hold: Hold, beater: Beater) -> None:
+        self._hold, self._beater = hold, beater
 
     @property
     def run_id(self) -> str:
@@ -184,14 +188,32 @@ class Alive:
         if self._hold.lost is not None:
             raise self._hold.lost
 
-    async def finish(self, **result: Any) -> None:
-        """Write the result, if the run is still its own: :func:`finish_run`."""
-        run, worker = self._hold.run_id, self._hold.worker_id
-        with self._beater.finishing(self._hold):
-            await finish_run(run, worker_id=worker, target=self._target, **result)
+    async def finish(
+        self, *, status: str | int = "completed", output: Any = None, error: str | None = None
+    ) -> None:
+        """Write the run's result, if the run still is the worker's own. Commits.
 
-    def finish_sync(self, **result: Any) -> None:
-        """The same from synchronous code."""
-        run, worker = self._hold.run_id, self._hold.worker_id
+        It goes to the table that the beats go to, whatever the settings say by now.
+
+        Args:
+            status: what it ends as, in the table's words.
+            output: what it gave back, ready for JSON, where the target has a column for it.
+            error: what went wrong, where it has a column for that.
+
+        Raises:
+            RunLost, ConfigurationError, sqlalchemy.exc.DBAPIError: as :func:`finish_run`.
+        """
         with self._beater.finishing(self._hold):
-            finish_run_sync(run, worker_id=worker, target=self._target, **result)
+            await await_future(self._submit(Result(str(status), output, error)))
+
+    def finish_sync(
+        self, *, status: str | int = "completed", output: Any = None, error: str | None = None
+    ) -> None:
+        """:meth:`finish` from synchronous code."""
+        with self._beater.finishing(self._hold):
+            self._submit(Result(str(status), output, error)).result()
+
+    def _submit(self, result: Result) -> "Future[None]":
+        mine = self._beater
+        beater = beater_of(mine.target, mine.url, mine.interval)  # itself, but for a fork's child
+        return submit_finish(beater, self._hold.run_id, self._hold.worker_id, result)

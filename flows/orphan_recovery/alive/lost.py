@@ -1,6 +1,7 @@
 """Lost: what a worker is told when a run is no longer its own, or it cannot prove that it is."""
 
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 
@@ -40,3 +41,8 @@ class RunLost(RuntimeError):  # noqa: N818 - named for what a worker reads
         self.run_id, self.by, self.found, self.contested = run_id, by, found or {}, contested
         told = ", ".join(f"{name} {value}" for name, value in self.found.items() if value)
         super().__init__(f"run {run_id} is lost ({by.value}){': ' if told else ''}{told}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It crosses processes: from a pool's worker to whoever waits for it."""
+        again = partial(RunLost, contested=self.contested)
+        return again, (self.run_id, self.by, self.found)

@@ -5,7 +5,8 @@ if the run still is what the worker believes it to be; what it does not win, it 
 result came for a run that stands crashed, the ledger gets a contested verdict.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Text, cast, func, literal, or_, update
 from sqlalchemy.dialects.postgresql import TIMESTAMP
@@ -13,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.alive.beat import found, guards, look, lost_by
-from orphan_recovery.alive.beater import await_future, beater_of
+from orphan_recovery.alive.beater import Beater, await_future, beater_of
 from orphan_recovery.alive.lost import LostBy, RunLost
 from orphan_recovery.database import address, describe, transaction
 from orphan_recovery.describe import runs_table
@@ -24,6 +25,9 @@ from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target, where
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
@@ -50,7 +54,8 @@ async def claim(
         sqlalchemy.exc.DBAPIError: as the database raised it, after the retries of the policy.
     """
     meant = find_target(target)
-    return await await_future(_submit(meant, _claim(meant, str(run_id), worker_id, status)))
+    work = _claim(meant, str(run_id), worker_id, status)
+    return await await_future(_submit(_beater(meant), work))
 
 
 def claim_sync(
@@ -58,7 +63,8 @@ def claim_sync(
 ) -> bool:
     """:func:`claim` from synchronous code."""
     meant = find_target(target)
-    return bool(_submit(meant, _claim(meant, str(run_id), worker_id, status)).result())
+    work = _claim(meant, str(run_id), worker_id, status)
+    return bool(_submit(_beater(meant), work).result())
 
 
 async def finish_run(
@@ -87,8 +93,8 @@ async def finish_run(
         sqlalchemy.exc.DBAPIError: as the database raised it, after the retries of the policy.
     """
     meant = find_target(target)
-    result = _Result(str(status), output, error)
-    await await_future(_submit(meant, _finish(meant, str(run_id), worker_id, result)))
+    result = Result(str(status), output, error)
+    await await_future(submit_finish(_beater(meant), str(run_id), worker_id, result))
 
 
 def finish_run_sync(
@@ -102,18 +108,31 @@ def finish_run_sync(
 ) -> None:
     """:func:`finish_run` from synchronous code."""
     meant = find_target(target)
-    result = _Result(str(status), output, error)
-    _submit(meant, _finish(meant, str(run_id), worker_id, result)).result()
+    result = Result(str(status), output, error)
+    submit_finish(_beater(meant), str(run_id), worker_id, result).result()
 
 
-class _Result:
+@dataclass(frozen=True, slots=True)
+class Result:
     """What a worker reports."""
 
-    def __init__(self, status: str, output: Any, error: str | None) -> None:
-        self.status, self.output, self.error = status, output, error
+    status: str
+    output: Any
+    error: str | None
 
 
-def _submit(target: Target, work: Any) -> Any:
+def submit_finish(
+    beater: Beater, run_id: str, worker_id: str | None, result: Result
+) -> "Future[None]":
+    """Write a result in a beater's thread, to the beater's target: as :func:`finish_run`."""
+    return _submit(beater, _finish(beater.target, run_id, worker_id, result))
+
+
+def _beater(target: Target) -> Beater:
+    return beater_of(target, address(target), target.beat.total_seconds())
+
+
+def _submit(beater: Beater, work: Any) -> "Future[Any]":
     """Do ``work`` in the beater's thread, all of it again while the error is transient."""
 
     async def retried(engine: AsyncEngine) -> Any:
@@ -128,7 +147,7 @@ def _submit(target: Target, work: Any) -> Any:
                     raise
         return result
 
-    return beater_of(target, address(target), None).submit(retried)
+    return beater.submit(retried)
 
 
 def _claim(target: Target, run_id: str, worker_id: str, status: str | int | None) -> Any:
@@ -186,7 +205,7 @@ def _claiming(table: RunsTable, run_id: str, worker_id: str, running: str) -> An
     )
 
 
-def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result) -> Any:
+def _finish(target: Target, run_id: str, worker_id: str | None, result: Result) -> Any:
     if result.status in (*target.in_flight, *target.waiting):
         raise ConfigurationError(f"status is {result.status!r}, which ends nothing")
     if target.ends is not None and result.status not in target.ends:
@@ -212,7 +231,7 @@ def _finish(target: Target, run_id: str, worker_id: str | None, result: _Result)
     return work
 
 
-def _finishing(table: RunsTable, run_id: str, worker_id: str | None, result: _Result) -> Any:
+def _finishing(table: RunsTable, run_id: str, worker_id: str | None, result: Result) -> Any:
     row, facts = table.columns, table.facts
     values: dict[Any, Any] = {row.status: literal(result.status, facts["status"].type)}
     if "success" in facts:
@@ -233,7 +252,7 @@ def _finishing(table: RunsTable, run_id: str, worker_id: str | None, result: _Re
 
 
 async def _contest(
-    engine: AsyncEngine, table: RunsTable, run_id: str, worker_id: str | None, result: _Result
+    engine: AsyncEngine, table: RunsTable, run_id: str, worker_id: str | None, result: Result
 ) -> bool:
     """Record that a result came for a run that a verdict had marked. Never raises."""
     target = table.target
