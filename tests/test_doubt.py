@@ -20,7 +20,9 @@ from sqlalchemy import make_url, select
 from conftest import _database
 from orphan_recovery import ConfigurationError, judge, judge_pages
 from orphan_recovery.database import database_url, make_engine, server_started
+from orphan_recovery.doctor import examine
 from orphan_recovery.doubt import beat_of, look_at_circumstances
+from orphan_recovery.finding import Level
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
@@ -346,6 +348,10 @@ async def test_a_standby_is_refused_by_name_and_after_its_promotion_the_sweep_lo
         assert refused.returncode == 2
         assert "is a standby, where nothing can be marked" in refused.stderr
         assert set(there.statuses().values()) == {"running"}
+        [told] = [f for f in await examine(Target()) if f.level is Level.FAILURE]
+        assert (told.about, told.way_out) == (
+            *("server", "name the primary in the target's database address"),
+        )
 
         await asyncio.to_thread(standby.await_age, timedelta(seconds=3 * OFTEN))
         standby.control("promote")  # it has been up for long: nothing was started just now

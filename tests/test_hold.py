@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +16,7 @@ import psycopg
 import pytest
 
 from conftest import _database
-from orphan_recovery import ConfigurationError
+from orphan_recovery import ConfigurationError, cli
 from orphan_recovery.database import database_url, make_engine, transaction
 from orphan_recovery.doctor import examine
 from orphan_recovery.finding import Finding, Level
@@ -737,6 +739,19 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
     too_long = run("orphan-recovery", "approve", "aaaa0", "--minutes", "9" * 15)
     assert (too_long.returncode, "Traceback" in too_long.stderr) == (2, False)
     assert len(approvals(db)) == 4
+
+
+@pytest.mark.parametrize("unknown", [OSError, KeyError, ImportError])
+def test_a_user_without_a_name_may_approve(
+    monkeypatch: pytest.MonkeyPatch, unknown: type[Exception]
+) -> None:
+    """Each version of Python tells it in its own way."""
+
+    def nobody() -> str:
+        raise unknown("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert cli._person() == f"user {os.getuid()} on {socket.gethostname()}"
 
 
 async def test_there_is_nothing_to_approve_where_nothing_is_held(db: Database) -> None:

@@ -106,6 +106,7 @@ async def test_a_policy_that_shows_every_row_is_no_doubt(
     assert (report.error, report.recovered) == (None, 1)
     assert "row security" not in report.headline()
     assert statuses(blank) == {"live": "running", "orphan": "crashed"}
+    assert blank.one("SELECT question IS NOT NULL FROM orphan_recovery.sweeps")
 
 
 async def test_runs_that_may_be_hidden_are_told_of(blank: Database, target: Target) -> None:
@@ -113,3 +114,5 @@ async def test_runs_that_may_be_hidden_are_told_of(blank: Database, target: Targ
     report = await sweep(target)
     assert (report.error, report.recovered) == (None, 0)
     assert "row security" in report.headline()
+    unanswered = blank.one("SELECT question IS NULL FROM orphan_recovery.sweeps")
+    assert unanswered, "who may see more is not told that there was nothing"

@@ -6,7 +6,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
+from alive.proxy import Proxy
 from conftest import _database
 from prefect_support import Api, client_of, deploy, process, run
 from support import Database, free_port, until
@@ -101,6 +103,26 @@ def test_a_sweep_that_no_worker_took_in_time_stays_scheduled_and_is_no_success(
     assert "see whether a worker or `orphan-recovery serve` is up" in done.stderr
     flow_run = flow_run_in(done.stdout)
     assert api.flow_run(flow_run)["state_type"] == "SCHEDULED"
+    api.call("DELETE", f"/flow_runs/{flow_run}").raise_for_status()
+
+
+def test_a_server_that_goes_away_while_a_pipeline_waits_is_named(
+    deployed: None, api: Api, client: dict[str, str], tmp_path: Path
+) -> None:
+    with Proxy(api.url.replace("http", "postgresql", 1)) as proxy:  # it passes on any bytes
+        through = f"http://127.0.0.1:{make_url(proxy.url).port}/api"
+        log = tmp_path / "trigger.log"
+        asked = ("orphan-recovery", "trigger", "--wait")
+        impatient = {"PREFECT_API_URL": through, "PREFECT_CLIENT_MAX_RETRIES": "1"}
+        with process(*asked, log=log, **{**client, **impatient}) as waiting:
+            until(lambda: "Scheduled" in log.read_text(), "a pipeline that waits")
+            proxy.cut()
+            assert waiting.wait(60) == 1
+    told = log.read_text()
+    assert f"the Prefect API at {through} was lost while waiting" in told
+    assert "goes on all the same: look there, or trigger again" in told
+    assert "Traceback" not in told
+    [flow_run] = re.findall(r"/flow-run/([0-9a-f-]{36})$", told, re.M)
     api.call("DELETE", f"/flow_runs/{flow_run}").raise_for_status()
 
 
