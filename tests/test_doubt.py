@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import make_url, select
 
 from conftest import _database
-from orphan_recovery import ConfigurationError, judge, judge_pages
+from orphan_recovery import ConfigurationError, doubt, judge, judge_pages
 from orphan_recovery.database import database_url, make_engine, server_started
 from orphan_recovery.doctor import examine
 from orphan_recovery.doubt import beat_of, look_at_circumstances
@@ -562,17 +562,19 @@ async def test_the_beat_is_what_the_target_says_or_twice_the_median_silence(
     db: Restarted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for since in ("1 second", "10 seconds", "20 seconds", "25 seconds"):
-        db.add_run(f"beats, {since} ago", beat=since)
+        db.add_run(f"beats, {since} ago", worker=f"beats, {since} ago", beat=since)
     db.add_run("age alone", age="5 seconds")
     db.add_run("dead", beat="31 minutes")
     db.add_run("ahead", beat="-5 minutes")
     db.add_run("ended", status="completed", beat="1 second")
     assert await measured(db) == (timedelta(seconds=OFTEN), "as heartbeat_seconds says")
     monkeypatch.delenv(BEAT)
-    assert await measured(db) == (None, "only 4 runs beat just now")
-    db.add_run("beats seldom", beat="29 minutes")
+    assert await measured(db) == (None, "only 4 workers beat just now")
+    db.add_run("beats with the last", worker="beats, 25 seconds ago", beat="25 seconds")
+    assert await measured(db) == (None, "only 4 workers beat just now")
+    db.add_run("beats seldom", worker="seldom", beat="29 minutes")
     beat, told = await measured(db)
-    assert told == "estimated from 5 runs that beat"
+    assert told == "estimated from 5 workers that beat"
     assert beat is not None
     assert timedelta(seconds=40) <= beat < timedelta(seconds=50)
 
@@ -582,16 +584,46 @@ async def test_the_measured_beat_is_what_a_second_look_waits_for(
 ) -> None:
     """The assumed ten seconds would be far too long here."""
     monkeypatch.delenv(BEAT)
+    monkeypatch.setattr(doubt, "shortest", lambda _: timedelta(0))  # whoever was away is back
     for n in range(6):
         db.add_run(f"beats-{n}", worker=f"worker-{n}")
-    dead = db.add_run("dead", worker="worker-9", beat="2 hours")
-    plant_sweep(db, "3 hours")
+    for n in range(9):
+        db.add_run(f"dead-{n}", worker=f"dead-{n}", beat="2 hours")
     began = time.monotonic()
-    db.do("UPDATE worker_runs SET heartbeat_at = now() - interval '0.3 s' WHERE id <> %s", dead)
+    db.do("UPDATE worker_runs SET heartbeat_at = now() - interval '0.3 s' WHERE id LIKE 'beats%'")
     report = await sweep()
-    assert report.looked_twice is not None
-    assert report.recovered == 1
+    assert report.looked_twice == "9 of 15 workers look dead"
     assert time.monotonic() - began < 10
+
+
+async def test_right_after_a_restart_the_beat_is_that_of_before(
+    own: Server, db: Restarted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who beats by then has only just come back; the others are given the time that they need."""
+    monkeypatch.delenv(BEAT)
+    away = timedelta(minutes=31)
+    workers = range(12)
+    for n in workers:
+        beat = away + timedelta(seconds=10 * n)  # each in two minutes, one after the other
+        db.add_run(f"run-{n}", worker=f"worker-{n}", beat=f"{beat.total_seconds()} s")
+    db.add_run("dead for long", worker="dead", age="3 days", beat="2 days")
+    own.restart()
+    back = "UPDATE worker_runs SET heartbeat_at = now() WHERE id = ANY (%s)"
+    db.do(back, [f"run-{n}" for n in range(5)])
+    report = await sweep()
+    assert report.postponed is not None
+    assert report.postponed.startswith("the server was started")
+    assert set(db.statuses().values()) == {"running"}
+    request = SweepRequest(asked_by="test")
+    started = db.one("SELECT pg_postmaster_start_time()")
+    beat, _ = await _ask(db, lambda c: beat_of(c, request, started))
+    assert timedelta(seconds=59) < beat < timedelta(seconds=61), "twice the median of the others"
+    db.do("DELETE FROM worker_runs WHERE id <> ALL (%s)", [f"run-{n}" for n in range(5)])
+    beat, _ = await _ask(db, lambda c: beat_of(c, request, started))
+    assert beat == timedelta(seconds=10), "no less, though they beat a moment ago"
+    db.do("UPDATE worker_runs SET heartbeat_at = now() WHERE id = 'run-1'")
+    db.do("DELETE FROM worker_runs WHERE id = 'run-2'")
+    assert (await _ask(db, lambda c: beat_of(c, request, started)))[0] is None
 
 
 async def test_circumstances_are_the_databases_own(own: Server, db: Restarted) -> None:

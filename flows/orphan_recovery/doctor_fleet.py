@@ -11,7 +11,7 @@ from sqlalchemy import func, or_, select, text
 
 from orphan_recovery.detect import look_at_fleet, orphans
 from orphan_recovery.doctor_time_zone import naive_times
-from orphan_recovery.doubt import beat_of, look_at_circumstances
+from orphan_recovery.doubt import GRACE_BEATS, beat_of, look_at_circumstances
 from orphan_recovery.finding import Examined, Finding, Level
 from orphan_recovery.ledger import SCHEMA, Ended, approvals, holds, sweeps
 from orphan_recovery.rules import shortest
@@ -109,6 +109,13 @@ async def look_at_threshold(asked: Examined) -> list[Finding]:
                 "longer"
             )
         return [Finding(Level.FAILURE, "threshold", f"{told}: too short", way_out)]
+    if target.heartbeat_seconds is None and beat > GRACE_BEATS * target.beat:
+        told = f"{told}; right after a restart of the server that cannot be measured"
+        way_out = (
+            f"say so in {where(target, 'heartbeat_seconds')}: a sweep then gives whoever lives the "
+            f"time to beat, where it may else take a beat for {span(target.beat)}"
+        )
+        return [Finding(Level.WARNING, "threshold", told, way_out)]
     return [Finding(Level.OK, "threshold", told)]
 
 

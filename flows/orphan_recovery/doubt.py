@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Select, and_, case, func, literal, or_, select
+from sqlalchemy import Select, and_, case, func, literal, null, or_, select
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.database import Executor, Span, server_started
@@ -19,10 +19,11 @@ from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Fleet, Silence
 from orphan_recovery.ledger import contests, holds, sweeps, verdicts
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.rules import threshold_of
+from orphan_recovery.rules import shortest, threshold_of
 from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.target import BEATS_IN_A_THRESHOLD, DEFAULT_BEAT_SECONDS
 from orphan_recovery.verdict import Outcome
 from orphan_recovery.words import counted, span
 
@@ -32,7 +33,7 @@ connection broken, one to beat over a new one."""
 LONGEST_WAIT: Final = timedelta(seconds=60)
 """A sweep waits no longer than that; what would need more is left to the next one."""
 LEAST_SAMPLE: Final = 5
-"""Beating runs from which an interval is estimated at all."""
+"""Workers that beat from which an interval is estimated at all."""
 CONTESTS_WITHIN: Final = timedelta(days=30)
 
 _AWARE = TIMESTAMP(timezone=True)
@@ -65,6 +66,23 @@ class Circumstances:
         if not self.other_timeline:
             return None
         return self.seen_at - (self.timeline_seen_at or self.seen_at)
+
+    def slept_for(self, request: SweepRequest) -> timedelta | None:
+        """For how long no sweep has looked, where that is longer than the threshold."""
+        if self.last_sweep_at is None:
+            return None
+        slept = self.seen_at - self.last_sweep_at
+        return slept if slept > timedelta(minutes=request.minutes) else None
+
+    def back_since(self, request: SweepRequest) -> datetime | None:
+        """Since when whoever lives can have come back; None if nobody was kept from beating for
+        so long that it matters."""
+        if self.slept_for(request) is not None:
+            return self.seen_at  # nothing tells when the others woke up
+        back = self.server_started_at
+        if self.failed_over_for is not None:
+            back = max(back, self.seen_at - self.failed_over_for)
+        return back if self.seen_at - back < shortest(request) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +130,6 @@ def doubts(
     to wait for. A lock goes with a connection, so that its holder may be about to take it again.
     """
     reasons, wait, grace = [], timedelta(0), GRACE_BEATS * beat
-    asleep = timedelta(minutes=request.minutes)
     if request.target.lock is not None:
         reasons.append("a lock may be lost with a connection alone")
         wait = grace
@@ -125,8 +142,7 @@ def doubts(
     if now.failed_over_for is not None and now.failed_over_for < grace:
         reasons.append("the server has failed over")
         wait = max(wait, grace - now.failed_over_for)
-    slept = None if now.last_sweep_at is None else now.seen_at - now.last_sweep_at
-    if slept is not None and slept > asleep:
+    if (slept := now.slept_for(request)) is not None:
         reasons.append(f"no sweep has looked for {span(slept)}")
         wait = max(wait, beat)
     if silence.is_too_much(request.target):
@@ -135,38 +151,80 @@ def doubts(
     return Doubt(tuple(reasons), wait) if reasons else None
 
 
-async def beat_of(db: Executor, request: SweepRequest) -> tuple[timedelta | None, str]:
-    """How often runs beat, and how that is known. Reads only.
+async def beat_of(
+    db: Executor, request: SweepRequest, back_since: datetime | None = None
+) -> tuple[timedelta | None, str]:
+    """How often workers beat, and how that is known. Reads only.
 
-    Between two beats a run's silence is as likely short as long, so twice the median silence of
-    runs that do beat is the interval; dead ones among them only make it longer.
+    Between two beats the silence of a worker is as likely short as long, so twice the median
+    silence of those that do beat is the interval; dead ones among them only make it longer.
+
+    Right after nobody could beat, those that do are the ones that have been quick to come back,
+    and none of them can have been silent for longer than that. So it is asked, too, how long the
+    others had been silent when the last was heard of before; and less than what is assumed where
+    nothing is known is not believed, nor more than lets three beats fit into the threshold.
+
+    Args:
+        db: where to read.
+        request: threshold, rules and scope.
+        back_since: when those that live could beat again, where they could not of late.
+
+    Returns:
+        The interval, None where too few workers beat; and how it is known, in words.
     """
     declared = request.target.heartbeat_seconds
     if declared is not None:
         return timedelta(seconds=declared), "as heartbeat_seconds says"
     table = await runs_table(db, request.target)
-    row = (await db.execute(_beating(table, request))).mappings().one()
-    if row["runs"] < LEAST_SAMPLE:
-        only = f"only {counted(row['runs'], 'run')}" if row["runs"] else "no run"
+    row = (await db.execute(_beating(table, request, None))).mappings().one()
+    if back_since is not None:
+        before = (await db.execute(_beating(table, request, back_since))).mappings().one()
+        estimates = [one["median"] for one in (row, before) if one["workers"] >= LEAST_SAMPLE]
+        if not estimates:
+            return None, "too few workers beat to tell"
+        least = timedelta(seconds=DEFAULT_BEAT_SECONDS)
+        most = max(least, shortest(request) / BEATS_IN_A_THRESHOLD)
+        return min(max(2 * max(estimates), least), most), "estimated from before and after"
+    if row["workers"] < LEAST_SAMPLE:
+        only = f"only {counted(row['workers'], 'worker')}" if row["workers"] else "no worker"
         return None, f"{only} beat just now"
-    return 2 * row["median"], f"estimated from {row['runs']} runs that beat"
+    return 2 * row["median"], f"estimated from {row['workers']} workers that beat"
 
 
-def _beating(table: RunsTable, request: SweepRequest) -> Select[Any]:
-    silence = func.statement_timestamp() - table.sign_of_life
-    threshold = threshold_of(table, request)
-    beating = (
-        select(silence.label("silence"))
+def _beating(table: RunsTable, request: SweepRequest, back_since: datetime | None) -> Select[Any]:
+    """Of the workers that were no orphans at a moment, how many there are and their silence then.
+
+    The moment is now; or the last sign of life before ``back_since``.
+    """
+    # Who holds several runs often beats for all of them at once: that is one beat.
+    worker = table.text("worker_id") if table.has("worker_id") else null()
+    sign, threshold = table.sign_of_life, threshold_of(table, request)
+    runs = (
+        select(
+            func.coalesce(worker, table.run_id).label("worker"),
+            sign.label("sign"),
+            threshold.label("threshold"),
+        )
         .select_from(table.reads_from())
-        .where(table.in_flight)
-        .where(table.evidence != Evidence.AGE.value)
-        .where(silence.between(timedelta(0), threshold))
+        .where(table.in_flight, table.evidence != Evidence.AGE.value)
+        .where(
+            (_NOW - sign).between(timedelta(0), threshold)
+            if back_since is None
+            else sign < literal(back_since, _AWARE)
+        )
         .subquery()
     )
+    each = (
+        select(func.max(runs.c.sign).label("sign"), func.max(runs.c.threshold).label("threshold"))
+        .group_by(runs.c.worker)
+        .cte("orphan_recovery_each")
+    )
+    then = _NOW if back_since is None else select(func.max(each.c.sign)).scalar_subquery()
+    silence = then - each.c.sign
     return select(
-        func.count().label("runs"),
-        func.percentile_cont(0.5).within_group(beating.c.silence).label("median"),
-    ).select_from(beating)
+        func.count().label("workers"),
+        func.percentile_cont(0.5).within_group(silence).label("median"),
+    ).where(silence <= each.c.threshold)
 
 
 def _server() -> Select[Any]:

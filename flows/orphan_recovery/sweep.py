@@ -205,7 +205,7 @@ async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Lo
         doubt = doubts(now, fleet, silence, request, request.target.beat)
         return Look(now, fleet, silence, doubt, unlocked=unlocked)
     if fleet.beating:
-        beat, _ = await beat_of(db, request)
+        beat, _ = await beat_of(db, request, now.back_since(request))
     doubt = doubts(now, fleet, silence, request, beat or request.target.beat)
     return Look(now, fleet, silence, doubt)
 

@@ -26,6 +26,8 @@ DEFAULT_TARGET: Final = "default"
 DEFAULT_TABLE: Final = "worker_runs"
 DEFAULT_BEAT_SECONDS: Final = 10.0
 """Between two beats of a worker, where nobody said."""
+BEATS_IN_A_THRESHOLD: Final = 3
+"""Beats that have to fit into a threshold: one may be lost, and one be late."""
 LONGEST_LOCK_BEAT_SECONDS: Final = 30.0
 """A sweep waits two beats for a lock to be taken again, and a minute at most for anything."""
 MATCHED: Final = ("task", "tenant_id", "worker_id", "status")

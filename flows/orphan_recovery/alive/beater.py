@@ -28,7 +28,7 @@ from orphan_recovery.database import describe, make_engine, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.log import logger
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.target import Target
+from orphan_recovery.target import BEATS_IN_A_THRESHOLD, Target
 from orphan_recovery.targets import where
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BEATS_IN_A_THRESHOLD: Final = 3
-"""Beats that have to fit into a threshold: one may be lost, and one be late."""
 JITTER: Final = 0.1
 """Share of the interval that is left to chance, so that a fleet does not beat as one."""
 RETRY_SHARE: Final = 0.2
