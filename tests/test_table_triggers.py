@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from orphan_recovery import detect_orphaned_runs, mark_run_as_crashed
 from orphan_recovery.condemn import UndoneError
 from orphan_recovery.mark import UndecidedError
+from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
@@ -58,6 +59,53 @@ async def test_a_mark_that_a_trigger_takes_back_is_none(
     assert (db.sweeps()[0]["marked"], db.sweeps()[0]["ended_as"]) == (2, "failed")
     [told] = [verdict["error"] for verdict in db.verdicts() if verdict["run_id"] == "kept"]
     assert "a trigger of the table" in told
+
+
+@pytest.mark.parametrize("limit", [None, 10], ids=["slices", "pages"])
+async def test_a_mark_that_is_taken_back_after_it_was_written_is_none(
+    blank: Database, limit: int | None
+) -> None:
+    """As by a queue that starts a run that crashed again, in its own row."""
+    blank.do("CREATE TABLE jobs (id text PRIMARY KEY, status text, created_at timestamptz)")
+    blank.do(
+        "INSERT INTO jobs SELECT n, 'running', now() - interval '2 hours'"
+        " FROM unnest('{a,k,z}'::text[]) AS n"
+    )
+    target = Target(name="jobs", table="jobs")
+    migrate(target)
+    blank.do(
+        "CREATE FUNCTION start_again() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " UPDATE jobs SET status = 'running' WHERE id = NEW.id; RETURN NULL; END $$"
+    )
+    blank.do(
+        "CREATE TRIGGER start_again AFTER UPDATE ON jobs FOR EACH ROW"
+        " WHEN (NEW.id = 'k' AND NEW.status = 'crashed') EXECUTE FUNCTION start_again()"
+    )
+    report = await run_sweep(SweepRequest(target=target, asked_by="test", limit=limit))
+    assert (report.detected, report.recovered, report.failed) == (3, 2, 1)
+    assert blank.outcomes() == {"a": "marked", "k": "failed", "z": "marked"}
+    [told] = [verdict["error"] for verdict in blank.verdicts() if verdict["run_id"] == "k"]
+    assert "a trigger of the table put 'k' back in flight" in told
+
+
+@pytest.mark.parametrize("code", ["08001", "P0001"])
+@pytest.mark.parametrize("limit", [None, 10], ids=["slices", "pages"])
+async def test_what_is_raised_at_the_commit_fails_its_run_alone(
+    db: Database, code: LiteralString, limit: int | None
+) -> None:
+    for run in ("a", "bad", "z"):
+        db.add_run(run)
+    db.do(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = TG_ARGV[0]; END $$"
+    )
+    db.do(
+        "CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON worker_runs DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW WHEN (NEW.id = 'bad') EXECUTE FUNCTION refuse('" + code + "')"
+    )
+    report = await sweep(limit)
+    assert (report.error, report.recovered, report.failed) == (None, 2, 1)
+    assert db.outcomes() == {"a": "marked", "bad": "failed", "z": "marked"}
 
 
 async def test_many_slices_go_on_behind_what_a_trigger_takes_back(db: Database) -> None:

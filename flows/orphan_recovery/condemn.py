@@ -6,11 +6,27 @@ under its lock; and a mark that a trigger of the table took back is none.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
-from sqlalchemy import CTE, ColumnElement, Insert, Text, cast, func, insert, literal, null, update
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Insert,
+    Select,
+    Text,
+    cast,
+    func,
+    insert,
+    literal,
+    null,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
+from orphan_recovery.database import Executor
 from orphan_recovery.ledger import verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.runs import PLACE, RunsTable
@@ -80,6 +96,38 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
     # From a select of its own, so that the update is in it once.
     rows = marked.select().with_only_columns(*recorded.values())
     return marked, insert(verdicts).from_select(list(recorded), rows)
+
+
+async def require_stands(db: Executor, table: RunsTable, request: SweepRequest) -> None:
+    """Refuse what this transaction marked, if a trigger that fires after the update put some of it
+    back in flight: what the update returns does not show that yet. Reads only.
+
+    Raises:
+        UndoneError: one did; names some.
+    """
+    if undone := list((await db.execute(_undone_after(table, request))).scalars()):
+        raise UndoneError(undone)
+
+
+@lru_cache(maxsize=64)
+def _undone_after(table: RunsTable, request: SweepRequest) -> Select[Any]:
+    # Of a table without such a trigger, as nearly all are, nothing else is read.
+    after_update = text(
+        "EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = :oid AND NOT tgisinternal"
+        " AND tgenabled <> 'D' AND tgtype & 2 = 0 AND tgtype & 16 <> 0)"
+    ).bindparams(oid=table.relation.oid)
+    mine = (
+        select(verdicts.c.run_id)
+        .where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == table.run_id)
+        .where(verdicts.c.outcome == Outcome.MARKED.value)
+        .where(verdicts.c.judged_at >= func.transaction_timestamp(type_=_NOW.type))
+    )
+    return (
+        select(table.run_id)
+        .select_from(table.table)
+        .where(after_update, table.in_flight, mine.exists())
+        .limit(10)
+    )
 
 
 def _is_row(table: RunsTable, locked: CTE) -> list[ColumnElement[bool]]:

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn
+from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn, require_stands
 from orphan_recovery.database import Executor, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.ledger import require_ledger, verdicts
@@ -145,6 +145,8 @@ async def mark(
     rows = (await db.execute(statement, values)).mappings().all()
     if undone := [row["run_id"] for row in rows if row["judged_at"] is None]:
         raise UndoneError(undone)
+    if rows:
+        await require_stands(db, table, request)
     marked = {
         row["run_id"]: Verdict(
             run=seen[row["run_id"]],

@@ -165,6 +165,9 @@ def is_outage(error: BaseException) -> bool:
             return is_transient(error)
         if code in _OUT_OF_RESOURCES:
             return True
-        is_lost = error.connection_invalidated or error.statement is None  # never came about
+        is_lost = error.connection_invalidated
+        if error.statement is None and isinstance(error.orig, psycopg.Error):
+            # It never came about, or broke at COMMIT; unless a deferred trigger raised it there.
+            is_lost |= error.orig.diag.severity_nonlocalized != "ERROR"
         return is_lost and code.startswith((_CONNECTION_EXCEPTIONS, "57P", "53"))
     return isinstance(error, (PoolTimeoutError, OSError))

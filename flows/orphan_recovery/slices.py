@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn
+from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn, require_stands
 from orphan_recovery.database import Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, orphans, snapshot
@@ -143,6 +143,8 @@ async def take_slice(
     took = time.monotonic() - began
     if undone := [row["id"] for row in rows if row["undone"]] if shown else rows[0]["undone"]:
         raise UndoneError(undone)
+    if rows:
+        await require_stands(db, table, request)
     if shown:
         return _shown(request, size, [dict(row) for row in rows], took)
     [row] = rows
