@@ -12,7 +12,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from orphan_recovery.alive.beater import Beater, Hold, beater_of
+from orphan_recovery.alive.beater import Beater, OwnRun, beater_of
 from orphan_recovery.alive.lost import RunLost
 from orphan_recovery.alive.write import finish_run, finish_run_sync
 from orphan_recovery.database import address
@@ -57,7 +57,7 @@ class keep_alive:  # noqa: N801 - used as a function
         self._run_id, self._worker_id = str(run_id), worker_id
         self._target, self._interval, self._cancel = find_target(target), interval, cancel
         self._beater: Beater
-        self._hold: Hold
+        self._hold: OwnRun
         self._stopped = False
         """Whether the block was told to stop. Under the lock."""
         self._lock = threading.Lock()
@@ -112,7 +112,7 @@ class keep_alive:  # noqa: N801 - used as a function
         return beater
 
     def _begin(self, on_loss: Any) -> "Alive":
-        self._hold = self._beater.hold(self._run_id, self._worker_id, on_loss)
+        self._hold = self._beater.keep(self._run_id, self._worker_id, on_loss)
         return Alive(self._hold, self._target.name, self._beater)
 
     def _cancel_task(self, _: RunLost) -> None:
@@ -162,7 +162,7 @@ def _is_at_a_door(thread: int) -> bool:
 class Alive:
     """A run that is being kept alive."""
 
-    def __init__(self, hold: Hold, target: str, beater: Beater) -> None:
+    def __init__(self, hold: OwnRun, target: str, beater: Beater) -> None:
         self._hold, self._target, self._beater = hold, target, beater
 
     @property
