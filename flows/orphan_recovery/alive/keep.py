@@ -167,6 +167,7 @@ class Alive:
 
     @property
     def run_id(self) -> str:
+        """The run's key, as it was given."""
         return self._hold.run_id
 
     @property
@@ -184,14 +185,32 @@ class Alive:
         if self._hold.lost is not None:
             raise self._hold.lost
 
-    async def finish(self, **result: Any) -> None:
-        """Write the result, if the run is still its own: :func:`finish_run`."""
+    async def finish(
+        self, *, status: str | int = "completed", output: Any = None, error: str | None = None
+    ) -> None:
+        """Write the result, if the run is still this worker's, and beat no more. Commits.
+
+        Args:
+            status: what the run ends as, in the table's words.
+            output: what it gave back, ready for JSON, where the target has a column for it.
+            error: what went wrong, where it has a column for that.
+
+        Raises:
+            RunLost: the run is not the worker's any more, and nothing was written; see
+                :func:`finish_run`.
+            ConfigurationError: the status is in flight, or the target does not fit.
+            sqlalchemy.exc.DBAPIError: as the database raised it, after the retries of the policy.
+        """
+        result: dict[str, Any] = {"status": status, "output": output, "error": error}
         run, worker = self._hold.run_id, self._hold.worker_id
         with self._beater.finishing(self._hold):
             await finish_run(run, worker_id=worker, target=self._target, **result)
 
-    def finish_sync(self, **result: Any) -> None:
-        """The same from synchronous code."""
+    def finish_sync(
+        self, *, status: str | int = "completed", output: Any = None, error: str | None = None
+    ) -> None:
+        """:meth:`finish` from synchronous code."""
+        result: dict[str, Any] = {"status": status, "output": output, "error": error}
         run, worker = self._hold.run_id, self._hold.worker_id
         with self._beater.finishing(self._hold):
             finish_run_sync(run, worker_id=worker, target=self._target, **result)
