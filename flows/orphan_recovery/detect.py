@@ -17,7 +17,6 @@ from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, 
 from sqlalchemy.dialects.postgresql import TIMESTAMP, aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
 from orphan_recovery.database import Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.request import SweepRequest
@@ -26,6 +25,7 @@ from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import TIMES, RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
+from orphan_recovery.targets import ORPHAN_THRESHOLD_MINUTES
 
 Among = Callable[[RunsTable], ColumnElement[bool]]
 """Which runs, of a table that is not known yet."""

@@ -112,3 +112,8 @@ def _explain(variable: str, value: object, problem: str) -> str:
     if way_out is None:  # an address: its value may hold a password
         return f"{variable} cannot be used: {problem}"
     return f"{variable} is {value!r}: {way_out}"
+
+
+RECOVERY_ENABLED: bool = load_settings().recovery_enabled
+"""Whether recovery may mark runs, as the process found it when it started; environment variable
+ORPHAN_RECOVERY_ENABLED, default true."""

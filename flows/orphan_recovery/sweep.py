@@ -14,7 +14,6 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Text, and_, any_, false, func, literal, or_, select, true
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from orphan_recovery import RECOVERY_ENABLED
 from orphan_recovery.database import Executor, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Fleet, Silence, look_at_fleet, look_at_silence, orphans
@@ -36,7 +35,12 @@ from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.settings import ENABLED_VARIABLE, ConfigurationError, load_settings
+from orphan_recovery.settings import (
+    ENABLED_VARIABLE,
+    RECOVERY_ENABLED,
+    ConfigurationError,
+    load_settings,
+)
 from orphan_recovery.shared import left_by, question_about
 from orphan_recovery.targets import where
 from orphan_recovery.verdict import Outcome, Verdict
