@@ -350,8 +350,11 @@ async def test_the_events_of_a_recovery_carry_their_fields(
         "orphan_recovery_complete",
     ]
     fields = [vars(record) for record in caplog.records]
+    assert {(each["target"], each["sweep_id"]) for each in fields} == {
+        ("default", report["sweep_id"])
+    }
     assert fields[1]["run_ids"] == [orphan]
-    assert (fields[2]["run_id"], fields[2]["sweep_id"]) == (orphan, report["sweep_id"])
+    assert fields[2]["run_id"] == orphan
     assert fields[3]["recovered"] == 1
 
 

@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from orphan_recovery.attempt import in_transaction
 from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.doubt import Doubt
+from orphan_recovery.events import log_detected, log_doubt, log_end, log_start, log_verdict
 from orphan_recovery.flow_hold import (
     ASKED_FOR,
     HELD,
@@ -57,7 +58,6 @@ from orphan_recovery.flow_tasks import (
 )
 from orphan_recovery.hold import Decision, approve, ended_holds, is_open
 from orphan_recovery.judge import Progress
-from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport
@@ -66,15 +66,7 @@ from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequ
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
 from orphan_recovery.slices import is_sliceable
-from orphan_recovery.sweep import (
-    Look,
-    is_enabled,
-    log_detected,
-    log_doubt,
-    log_end,
-    log_start,
-    tell_of,
-)
+from orphan_recovery.sweep import Look, is_enabled, tell_of
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
@@ -288,7 +280,7 @@ async def _mark_each(
     runs: list[WorkerRun] = (await detect(engine, request, decision)).unquote()
     report.saw(runs)
     if runs:
-        log_detected(runs)
+        log_detected(request, runs)
     if request.dry_run:
         return
     at_once = asyncio.Semaphore(TASKS_AT_ONCE)
@@ -310,7 +302,7 @@ async def _mark_each(
         if is_outage(error):
             outage = describe(error)
         verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-        log_verdict(verdict, request)
+        log_verdict(request, verdict)
         return verdict
 
     with _frozen():

@@ -14,12 +14,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from orphan_recovery.attempt import in_transaction
 from orphan_recovery.database import POOL_SIZE, describe
 from orphan_recovery.detect import Among, detect
-from orphan_recovery.mark import log_verdict, mark, mark_one
+from orphan_recovery.events import log_detected, log_verdict
+from orphan_recovery.mark import mark, mark_one
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
-from orphan_recovery.sweep import log_detected
 from orphan_recovery.verdict import Outcome, Verdict
 
 PAGE: Final = 500
@@ -84,7 +84,7 @@ async def _judge_each_page(
         locked += [run for run, verdict in pairs if verdict is None]
         report.saw(judged)
         if judged:
-            log_detected(judged)
+            log_detected(request, judged)
         given = [verdict for verdict in verdicts if verdict is not None]
         failed += [v for v in given if v.outcome is Outcome.FAILED]
         tried |= {v.run.id for v in given}
@@ -118,7 +118,7 @@ async def mark_page(
         return first + await mark_page(engine, request, runs[middle:])
     for verdict in verdicts:
         if verdict is not None:
-            log_verdict(verdict, request)
+            log_verdict(request, verdict)
     return verdicts
 
 
@@ -131,11 +131,11 @@ async def _mark_locked(
             verdict = await in_transaction(engine, lambda db: mark_one(db, request, run))
         except Exception as error:
             return _failure(request, run, error)
-    log_verdict(verdict, request)
+    log_verdict(request, verdict)
     return verdict
 
 
 def _failure(request: SweepRequest, run: WorkerRun, error: Exception) -> Verdict:
     verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-    log_verdict(verdict, request)
+    log_verdict(request, verdict)
     return verdict

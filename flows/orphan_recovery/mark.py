@@ -6,7 +6,6 @@ under the lock, compares with what detection saw, and writes the mark and its ev
 or not at all. Whatever it leaves alone, it names.
 """
 
-import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -28,8 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn
 from orphan_recovery.database import Executor, server_started
 from orphan_recovery.describe import runs_table
+from orphan_recovery.events import log_verdict
 from orphan_recovery.ledger import require_ledger, verdicts
-from orphan_recovery.log import logger
 from orphan_recovery.miss import name_misses
 from orphan_recovery.record import note_direct_call, record
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
@@ -85,7 +84,7 @@ async def mark_run_as_crashed(
     )
     await note_direct_call(session, request)
     verdict = await mark_one(session, request, run)
-    log_verdict(verdict, request)
+    log_verdict(request, verdict)
     return verdict.outcome is Outcome.MARKED
 
 
@@ -282,35 +281,3 @@ def has_verdict(request: SweepRequest, run_id: ColumnElement[str]) -> ColumnElem
     given = select(verdicts.c.run_id)
     given = given.where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == run_id)
     return given.exists()
-
-
-def log_verdict(
-    verdict: Verdict, request: SweepRequest, *, marked_level: int = logging.WARNING
-) -> None:
-    """Emit the event of one verdict. Misses have none of their own: the summary counts them.
-
-    Args:
-        verdict: it.
-        request: the sweep that gave it.
-        marked_level: how loudly to say that a run was marked. INFO where something else says so.
-    """
-    if verdict.outcome is Outcome.MARKED and not logger.isEnabledFor(marked_level):
-        return
-    run = verdict.run
-    fields = {
-        "run_id": run.id,
-        "target": run.target,
-        "worker_id": run.worker_id,
-        "tenant_id": run.tenant_id,
-        "evidence": run.evidence.value,
-        "sign_of_life": run.sign_of_life.isoformat(),
-        "threshold_seconds": run.threshold.total_seconds(),
-        "sweep_id": str(run.sweep_id),
-        "reason": request.reason_for(run),
-    }
-    if verdict.outcome is Outcome.MARKED:
-        silence = verdict.silence.total_seconds() if verdict.silence else None
-        fields |= {"silence_seconds": silence}
-        logger.log(marked_level, "orphan_run_marked_crashed", extra=fields)
-    elif verdict.outcome is Outcome.FAILED:
-        logger.error("failed_to_mark_orphan_crashed", extra={**fields, "error": verdict.error})

@@ -14,6 +14,7 @@ from orphan_recovery.attempt import in_transaction, retried
 from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.detect import look_at_fleet
 from orphan_recovery.doubt import Doubt
+from orphan_recovery.events import log_doubt, log_end, log_start
 from orphan_recovery.judge import judge_all
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
@@ -27,9 +28,6 @@ from orphan_recovery.sweep import (
     decide_on,
     finish,
     is_enabled,
-    log_doubt,
-    log_end,
-    log_start,
     look_again_at,
     tell_of,
     whoami,

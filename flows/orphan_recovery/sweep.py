@@ -26,21 +26,16 @@ from orphan_recovery.doubt import (
     look_at_circumstances,
     look_at_server,
 )
+from orphan_recovery.events import log_held, log_sight
 from orphan_recovery.hold import Decision, decide, what_is_held
 from orphan_recovery.ledger import ledger_there
-from orphan_recovery.log import logger
 from orphan_recovery.mark import has_verdict, settle
 from orphan_recovery.record import close_sweep, open_sweep
-from orphan_recovery.report import Held, SweepReport
+from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.run import Evidence, WorkerRun
+from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.settings import (
-    ENABLED_VARIABLE,
-    RECOVERY_ENABLED,
-    ConfigurationError,
-    load_settings,
-)
+from orphan_recovery.settings import RECOVERY_ENABLED, ConfigurationError, load_settings
 from orphan_recovery.shared import left_by, question_about
 from orphan_recovery.targets import where
 from orphan_recovery.verdict import Outcome, Verdict
@@ -125,15 +120,7 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
         fleet, timeline = await left_by(db, seen_by)
         look = Look(None, fleet, None, None, seen_by=seen_by)
     fleet = look.fleet
-    if look.hides_rows:
-        logger.warning("row_security_hides_runs", extra={"target": request.target.name})
-    if fleet.undatable:
-        logger.warning("runs_without_sign_of_life", extra={"count": fleet.undatable})
-    if fleet.ahead:
-        logger.warning(
-            "runs_ahead_of_database_clock",
-            extra={"count": fleet.ahead, "worker_ids": fleet.ahead_workers},
-        )
+    log_sight(request, fleet, hides_rows=look.hides_rows)
     if request.dry_run:
         return replace(look, is_closed=look.is_idle)
     is_closed = await open_sweep(
@@ -219,15 +206,6 @@ async def _unlocked(db: Executor, request: SweepRequest) -> frozenset[str]:
     return frozenset((await db.execute(select(found.c.id))).scalars())
 
 
-def log_doubt(request: SweepRequest, doubt: Doubt) -> None:
-    """Emit the event of a sweep that looks twice."""
-    fields = {"sweep_id": str(request.sweep_id), "target": request.target.name}
-    seconds = doubt.wait.total_seconds()
-    logger.warning(
-        "sweep_looks_twice", extra={**fields, "reasons": str(doubt), "wait_seconds": seconds}
-    )
-
-
 async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
     """What may be marked, after the last look. Does not commit; a dry run decides nothing."""
     request = report.request
@@ -243,16 +221,9 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
         decision = replace(decision, among=_seen_unlocked(look.unlocked, decision.among))
     if not look.fleet.orphans:  # what came since was doubted by nobody: it is for the next sweep
         decision = replace(decision, among=_none)
-    _logged(request, decision.held)
+    if decision.held is not None:
+        log_held(request, decision.held)
     return decision
-
-
-def _logged(request: SweepRequest, held: Held | None) -> Held | None:
-    if held is not None:
-        fields = {"target": request.target.name, "hold_id": str(held.hold_id)}
-        fields |= {"runs": str(held.runs), "is_new": str(held.is_new)}
-        logger.error("orphan_recovery_held", extra={**fields, "evidence": held.evidence})
-    return held
 
 
 async def finish(
@@ -278,7 +249,9 @@ async def finish(
     detected, left = report.detected, 0
     if decision is not None and report.error is None:
         if decision.is_under_hold and report.held is None:  # an approval may have expired
-            report.held = _logged(request, await what_is_held(db, request))
+            report.held = await what_is_held(db, request)
+            if report.held is not None:
+                log_held(request, report.held)
         if await _has_come_up_again(db, report):
             detected, left = 0, await _left(db, request, decision)
             report.error = _FORGOTTEN.format(left) if left else None
@@ -336,49 +309,3 @@ def _none(table: RunsTable) -> ColumnElement[bool]:  # noqa: ARG001
 
 def _shows_only_age(table: RunsTable) -> ColumnElement[bool]:
     return table.evidence == Evidence.AGE.value
-
-
-def log_start(request: SweepRequest) -> None:
-    """Emit the event of a sweep that begins."""
-    fields = {
-        "sweep_id": str(request.sweep_id),
-        "target": request.target.name,
-        "threshold_minutes": request.minutes,
-        "dry_run": request.dry_run,
-        "scope": request.scope,
-    }
-    logger.info("orphan_recovery_starting", extra=fields)
-
-
-def log_detected(runs: list[WorkerRun]) -> None:
-    """Emit the event of orphans found, with their ids."""
-    fields = {"count": len(runs), "run_ids": [run.id for run in runs]}
-    logger.info("orphaned_runs_detected", extra=fields)
-
-
-def log_end(report: SweepReport) -> None:
-    """Emit the events of a sweep that ended, or did not begin."""
-    if not report.enabled:
-        logger.warning("orphan_recovery_disabled", extra={"switched_off_by": ENABLED_VARIABLE})
-        return
-    told = report.as_dict()
-    names = (
-        "target",
-        "sweep_id",
-        "dry_run",
-        "detected",
-        "recovered",
-        "skipped",
-        "failed",
-        "undatable",
-    )
-    fields = {name: told[name] for name in (*names, "ahead")}
-    if report.error:
-        logger.error("orphan_recovery_failed", extra={**fields, "error": report.error})
-        return
-    if not report.detected and not report.held:
-        asked = report.request
-        about = {"target": asked.target.name, "threshold_minutes": asked.minutes}
-        about |= {"seen_by": str(report.seen_by)} if report.seen_by else {}
-        logger.info("no_orphaned_runs_found", extra=about)
-    logger.info("orphan_recovery_complete", extra=fields)
