@@ -99,8 +99,8 @@ async def look_at_threshold(asked: Examined) -> list[Finding]:
     if least < needed:
         minutes = -(-needed // timedelta(minutes=1))
         way_out = (
-            f"set the threshold to at least {minutes} minutes ({BEATS} beats and one interval "
-            "between sweeps), or let runs beat, or sweep, more often"
+            f"set the threshold to at least {counted(minutes, 'minute')} ({BEATS} beats and one "
+            "interval between sweeps), or let runs beat, or sweep, more often"
         )
         if target.heartbeat_seconds is None:
             way_out += (
@@ -217,9 +217,11 @@ async def look_at_lock(asked: Examined) -> list[Finding]:
         told = f"lock evidence goes through a pooler that shares sessions ({len(pids)} seen)"
         way_out = "give workers and sweeps a direct address, or one of a session-mode pooler"
         return [Finding(Level.FAILURE, "lock", told, way_out)]
-    held = await asked.db.scalar(
+    locked = await asked.db.execute(
         select(func.count())
         .select_from(asked.table.reads_from())
         .where(asked.table.in_flight, asked.table.is_locked)
     )
-    return [Finding(Level.OK, "lock", f"{held} runs in flight have a lock for their {target.lock}")]
+    runs = counted(locked.scalar_one(), "run")
+    told = f"a {target.lock}'s lock is held for {runs} in flight"
+    return [Finding(Level.OK, "lock", told)]

@@ -33,6 +33,7 @@ from pydantic import Field
 
 from orphan_recovery.hold import APPROVED_FOR
 from orphan_recovery.report import Held, SweepReport
+from orphan_recovery.words import counted
 
 HELD: Final = "Held"
 """The name of the state, in the UI, in events and in automations."""
@@ -249,7 +250,7 @@ def _shown(report: SweepReport) -> str:
             f"“{MARK_THEM}” only if they are dead. If they live, choose “{LEAVE_THEM}”, or close "
             "this: the hold ends with the first sweep that hears of them.",
             f"{held.in_words()}, the first of them since {saw['first_silent_since']}. "
-            f"{held.runs} runs are not marked.",
+            f"{counted(held.runs, 'run')} {'is' if held.runs == 1 else 'are'} not marked.",
             f"Silent: {some}{f' and {more} more' if more else ''}.",
             f"The server has been up since {saw['server_started_at']}"
             + (", after a failover" if saw["failed_over"] else "")

@@ -67,8 +67,8 @@ def _what_is_held(held: Held) -> list[str]:
     more = saw["silent_workers"] - len(held.silent)
     up = f"the server has been up since {saw['server_started_at']}"
     return [
-        f"Hold `{held.hold_id}` stands since {iso(held.opened_at)}, and keeps {held.runs} runs "
-        "from being marked. What was seen then:",
+        f"Hold `{held.hold_id}` stands since {iso(held.opened_at)}, and keeps "
+        f"{counted(held.runs, 'run')} from being marked. What was seen then:",
         "",
         f"- {held.in_words()}, the first of them since {saw['first_silent_since']}",
         f"- silent: {silent}{f' and {more} more' if more > 0 else ''}",
