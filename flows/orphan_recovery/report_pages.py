@@ -5,15 +5,18 @@ is to be done have a heading of their own.
 """
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.verdict import Outcome, Verdict
 from orphan_recovery.words import counted, iso
 
+MOST_ROWS: Final = 200
+"""Of a table for people: the report and the ledger have more."""
 
-def as_table(report: SweepReport, rows: int = 200) -> list[dict[str, str]]:
-    """One row a run, failures first, for people: at most ``rows``, every cell a text."""
+
+def as_table(report: SweepReport) -> list[dict[str, str]]:
+    """One row a run, failures first, for people: at most ``MOST_ROWS``, every cell a text."""
     entries = report.as_dict()["runs"]
     return [
         {
@@ -26,7 +29,7 @@ def as_table(report: SweepReport, rows: int = 200) -> list[dict[str, str]]:
             "silence": str(timedelta(seconds=entry["silence_seconds"])),
             "found instead, or error": entry["error"] or _found(entry["found"]),
         }
-        for entry in entries[:rows]
+        for entry in entries[:MOST_ROWS]
     ]
 
 

@@ -85,12 +85,11 @@ def _settings(_environment: tuple[tuple[str, str], ...]) -> Settings:
         raise ConfigurationError("; ".join(problems)) from None
 
 
-def check_threshold(minutes: object, name: str = "threshold_minutes") -> int:
+def check_threshold(minutes: object) -> int:
     """Accept a threshold given as an argument, or refuse it by name.
 
     Args:
         minutes: the silence that makes an orphan, in whole minutes.
-        name: what the caller calls it, for the message.
 
     Returns:
         The same number, now known to be usable.
@@ -101,7 +100,7 @@ def check_threshold(minutes: object, name: str = "threshold_minutes") -> int:
     whole = isinstance(minutes, int) and not isinstance(minutes, bool)
     if not whole or not 1 <= minutes <= MAX_THRESHOLD_MINUTES:  # type: ignore[operator]
         raise ConfigurationError(
-            f"{name} is {minutes!r}: give a whole number of minutes "
+            f"threshold_minutes is {minutes!r}: give a whole number of minutes "
             f"from 1 to {MAX_THRESHOLD_MINUTES}"
         )
     return minutes  # type: ignore[return-value]
