@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, 
 from sqlalchemy.dialects.postgresql import TIMESTAMP, aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from orphan_recovery.database import Executor, Span
+from orphan_recovery.database import NOW, Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import in_words, number_of, reason_of, shortest, threshold_of
@@ -99,7 +99,6 @@ def orphans(
     runs: RunsTable, request: SweepRequest, *, after: WorkerRun | None = None
 ) -> Select[Any]:
     """The statement that finds orphans. Served by a partial index of what is in flight."""
-    now = func.statement_timestamp(type_=_AWARE)
     threshold = threshold_of(runs, request)
     statement = (
         select(
@@ -113,13 +112,13 @@ def orphans(
             runs.evidence.label("evidence"),
             threshold.label("threshold"),
             number_of(runs, request).label("rule"),
-            now.label("seen_at"),
+            NOW.label("seen_at"),
         )
         .select_from(runs.reads_from())
         # In database time; and what is terminal never comes up.
         .where(runs.in_flight)
         .where(
-            runs.silent_since(now - threshold, now - literal(shortest(request), Span))
+            runs.silent_since(NOW - threshold, NOW - literal(shortest(request), Span))
         )  # database time
         .where(~runs.is_locked)  # a lock is proof of life
         .order_by(runs.sign_of_life, *runs.key)  # longest silence first; ties always the same way
@@ -187,7 +186,6 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
     else an orphan among them would be silently lost.
     """
     runs = await runs_table(db, request.target)
-    now = func.statement_timestamp(type_=_AWARE)
     beats = [time.label(f"beat_{n}") for n, time in enumerate(runs.beats.values())]
     locks = [runs.is_locked.label("is_locked"), runs.is_held.label("is_held")]
     run = _each_once(
@@ -199,11 +197,11 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
         .select_from(runs.reads_from())
         .where(runs.in_flight, *_scope(runs, request))
     )
-    silent, beaten = run.sign <= now - run.threshold, [run[b.name] == run.sign for b in beats]
+    silent, beaten = run.sign <= NOW - run.threshold, [run[b.name] == run.sign for b in beats]
     if runs.target.lock is not None:  # as the evidence has it
         silent, beaten = and_(silent, ~run.is_locked), [*beaten, run.is_held]
     # A minute of grace: a beat that was written while this statement began is no wrong clock.
-    too_late = now + timedelta(minutes=1)
+    too_late = NOW + timedelta(minutes=1)
     statement = select(
         func.count().label("in_flight"),
         func.count().filter(silent).label("orphans"),
@@ -211,7 +209,7 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
         func.count().filter(run.sign.is_(None)).label("undatable"),
         func.count().filter(run.sign > too_late).label("ahead"),
         func.count().filter(run.threshold.is_(None)).label("exempt"),
-        now.label("seen_at"),
+        NOW.label("seen_at"),
     )
     row = (await db.execute(statement)).mappings().one()
     workers = list[str]()
@@ -287,7 +285,6 @@ async def look_at_silence(
         among: count only runs for which this holds.
     """
     runs = await runs_table(db, request.target)
-    now = func.statement_timestamp(type_=_AWARE)
     # A lock, and what is out of scope, is no silence; a run that is exempt, or may be silent for
     # longer, is no sign of life.
     proves_nothing = and_(~runs.is_locked, *_scope(runs, request))
@@ -301,7 +298,7 @@ async def look_at_silence(
         .select_from(runs.reads_from())
         .where(runs.in_flight, *([] if among is None else [among]))
     )
-    overdue = and_(row.sign <= now - row.threshold, row.proves_nothing)
+    overdue = and_(row.sign <= NOW - row.threshold, row.proves_nothing)
     run = _each_once(select(*row, overdue.label("silent")))
     each = (
         select(
@@ -309,7 +306,7 @@ async def look_at_silence(
             func.count().filter(run.silent).label("orphans"),
             and_(
                 func.bool_and(run.proves_nothing),
-                func.max(run.sign) <= now - func.min(run.threshold).filter(run.silent),
+                func.max(run.sign) <= NOW - func.min(run.threshold).filter(run.silent),
             ).label("is_silent"),
             func.min(run.sign).filter(run.silent).label("first"),
             func.max(run.sign).filter(run.silent).label("last"),

@@ -9,6 +9,7 @@ from typing import Final
 
 from sqlalchemy import func, or_, select, text
 
+from orphan_recovery.database import NOW
 from orphan_recovery.detect import look_at_fleet, orphans
 from orphan_recovery.doctor_time_zone import naive_times
 from orphan_recovery.doubt import beat_of, look_at_circumstances
@@ -115,7 +116,7 @@ async def look_at_threshold(asked: Examined) -> list[Finding]:
 async def look_at_last_sweep(asked: Examined) -> list[Finding]:
     if await asked.db.scalar(select(func.to_regclass(f"{SCHEMA}.sweeps"))) is None:
         return []  # said already: there is no ledger
-    statement = select(func.statement_timestamp() - func.max(sweeps.c.ended_at)).where(
+    statement = select(NOW - func.max(sweeps.c.ended_at)).where(
         sweeps.c.target == asked.table.target.name, sweeps.c.ended_as == Ended.COMPLETED.value
     )
     age: timedelta | None = await asked.db.scalar(statement)
@@ -157,7 +158,7 @@ async def look_at_holds(asked: Examined) -> list[Finding]:
     name = asked.table.target.name
     until = select(func.max(approvals.c.expires_at)).where(
         approvals.c.hold_id == holds.c.hold_id,
-        approvals.c.expires_at > func.statement_timestamp(),
+        approvals.c.expires_at > NOW,
     )
     standing = await asked.db.execute(
         select(holds.c.hold_id, holds.c.opened_at, holds.c.evidence, until.scalar_subquery())

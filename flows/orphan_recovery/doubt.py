@@ -12,12 +12,11 @@ from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import Select, and_, case, func, literal, or_, select
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.database import Executor, Span, server_started
+from orphan_recovery.database import NOW, Executor, Span, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Fleet, Silence
-from orphan_recovery.ledger import contests, holds, sweeps, verdicts
+from orphan_recovery.ledger import SAME_VERDICT, contests, holds, sweeps, verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.run import Evidence
@@ -34,9 +33,6 @@ LONGEST_WAIT: Final = timedelta(seconds=60)
 LEAST_SAMPLE: Final = 5
 """Beating runs from which an interval is estimated at all."""
 CONTESTS_WITHIN: Final = timedelta(days=30)
-
-_AWARE = TIMESTAMP(timezone=True)
-_NOW = func.statement_timestamp(type_=_AWARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +149,7 @@ async def beat_of(db: Executor, request: SweepRequest) -> tuple[timedelta | None
 
 
 def _beating(table: RunsTable, request: SweepRequest) -> Select[Any]:
-    silence = func.statement_timestamp() - table.sign_of_life
+    silence = NOW - table.sign_of_life
     threshold = threshold_of(table, request)
     beating = (
         select(silence.label("silence"))
@@ -179,7 +175,7 @@ def _server() -> Select[Any]:
         func.current_setting("wal_level") == "logical",
     )
     return select(
-        _NOW.label("seen_at"),
+        NOW.label("seen_at"),
         server_started().label("server_started_at"),
         standby.label("standby"),
         case((and_(~standby, tells), func.left(segment, 8)), else_=None).label("timeline"),
@@ -197,7 +193,8 @@ def _server_and_ledger(target: str) -> Select[Any]:
         .order_by(sweeps.c.opened_at.desc())
         .limit(1)
     )
-    of_late = and_(sweeps.c.target == target, sweeps.c.opened_at > _NOW - timedelta(days=1))
+    a_day_ago = NOW - literal(timedelta(days=1), Span)
+    of_late = and_(sweeps.c.target == target, sweeps.c.opened_at > a_day_ago)
     timeline = server.selected_columns.timeline
     another = select(sweeps.c.sweep_id).where(of_late, sweeps.c.timeline != timeline).exists()
     seen = select(func.min(sweeps.c.opened_at)).where(of_late, sweeps.c.timeline == timeline)
@@ -206,11 +203,11 @@ def _server_and_ledger(target: str) -> Select[Any]:
     of_target = and_(
         verdicts.c.target == target,
         verdicts.c.outcome == Outcome.MARKED.value,
-        verdicts.c.judged_at > _NOW - literal(CONTESTS_WITHIN, Span),
+        verdicts.c.judged_at > NOW - literal(CONTESTS_WITHIN, Span),
     )
     contested = (
         select(func.count())
-        .select_from(contests.join(verdicts, _same_verdict()))
+        .select_from(contests.join(verdicts, SAME_VERDICT))
         .where(of_target)
         .scalar_subquery()
     )
@@ -224,7 +221,3 @@ def _server_and_ledger(target: str) -> Select[Any]:
         case((any_contest, marked), else_=0).label("marked"),
         case((any_contest, contested), else_=0).label("contested"),
     )
-
-
-def _same_verdict() -> Any:
-    return and_(contests.c.sweep_id == verdicts.c.sweep_id, contests.c.run_id == verdicts.c.run_id)

@@ -21,11 +21,10 @@ from sqlalchemy import (
     or_,
     select,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn
-from orphan_recovery.database import Executor, server_started
+from orphan_recovery.database import NOW, Executor, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.events import log_verdict
 from orphan_recovery.ledger import require_ledger, verdicts
@@ -40,8 +39,6 @@ from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
-_AWARE = TIMESTAMP(timezone=True)
-_NOW = func.statement_timestamp(type_=_AWARE)
 _STARTED = server_started()
 
 
@@ -266,9 +263,9 @@ def guards(
         # It beat.
         "same sign of life": table.sign_of_life == seen.c.sign_of_life,
         # It is silent, by the database's clock now: that of a new primary may be behind.
-        "silent": table.sign_of_life <= _NOW - seen.c.threshold,
+        "silent": table.sign_of_life <= NOW - seen.c.threshold,
         # And by the rules as they are for the row as it is.
-        "silent by its rule": table.sign_of_life <= _NOW - own_threshold,
+        "silent by its rule": table.sign_of_life <= NOW - own_threshold,
         # While the server was away nobody could beat: what was seen before is no evidence.
         "same server": or_(seen.c.evidence == Evidence.AGE.value, seen.c.seen_at > _STARTED),
         # An earlier try of this sweep was heard after all.
