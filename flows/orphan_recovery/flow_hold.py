@@ -31,8 +31,8 @@ from prefect.input.actions import adelete_flow_run_input, aread_flow_run_input
 from prefect.states import Cancelled
 from pydantic import Field
 
-from orphan_recovery.hold import APPROVED_FOR
 from orphan_recovery.report import Held, SweepReport
+from orphan_recovery.settings import APPROVED_MINUTES, MAX_APPROVED_MINUTES
 from orphan_recovery.words import counted
 
 HELD: Final = "Held"
@@ -60,9 +60,9 @@ class Answer(RunInput):
     )
     your_name: str = Field(min_length=1, description="For the ledger.")
     for_minutes: int = Field(
-        default=int(APPROVED_FOR.total_seconds() // 60),
+        default=APPROVED_MINUTES,
         ge=1,
-        le=7 * 24 * 60,
+        le=MAX_APPROVED_MINUTES,
         description="How long the approval holds, in minutes.",
     )
     note: str = Field(default="", description="Why, for the ledger.")

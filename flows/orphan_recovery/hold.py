@@ -38,13 +38,12 @@ from orphan_recovery.report import Held
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.settings import APPROVED_MINUTES, ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.verdict import Outcome
 from orphan_recovery.words import iso
 
-APPROVED_FOR: Final = timedelta(minutes=60)
-"""How long an approval holds, unless the person says otherwise."""
+_APPROVED_FOR: Final = timedelta(minutes=APPROVED_MINUTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +168,7 @@ class Approved(NamedTuple):
 
 
 async def approve(
-    db: Executor, hold: str, *, by: str, lasting: timedelta = APPROVED_FOR, note: str | None = None
+    db: Executor, hold: str, *, by: str, lasting: timedelta = _APPROVED_FOR, note: str | None = None
 ) -> Approved:
     """Release one hold: its runs may be marked until the approval expires. Does not commit.
 

@@ -16,6 +16,11 @@ DEFAULT_THRESHOLD_MINUTES = 30
 MAX_THRESHOLD_MINUTES = 5_256_000
 """Ten years. A larger number is a slip of the finger, and would overflow an interval."""
 
+APPROVED_MINUTES = 60
+"""How long an approval of a hold lasts, unless the person says otherwise."""
+MAX_APPROVED_MINUTES = 10_080
+"""A week: what is released for longer is forgotten, and then marks what nobody looked at."""
+
 THRESHOLD_VARIABLE = "ORPHAN_THRESHOLD_MINUTES"
 ENABLED_VARIABLE = "ORPHAN_RECOVERY_ENABLED"
 DATABASE_VARIABLES = ("ORPHAN_RECOVERY_DATABASE_URL", "DATABASE_URL")
