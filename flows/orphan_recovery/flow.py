@@ -59,6 +59,7 @@ from orphan_recovery.flow_tasks import (
 from orphan_recovery.hold import Decision, approve, ended_holds, is_open
 from orphan_recovery.judge import Progress
 from orphan_recovery.mark_together import SharedMarks
+from orphan_recovery.names import FLOW_NAME
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport
 from orphan_recovery.report_pages import as_markdown, as_table
@@ -71,7 +72,6 @@ from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
-FLOW_NAME = "recover-orphaned-runs"
 MOST_TASKS = 10_000
 BEAT = "orphan-recovery.beat"
 BEAT_SECONDS = 120.0
