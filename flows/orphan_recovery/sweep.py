@@ -6,6 +6,7 @@ own for when to mark.
 
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
@@ -26,7 +27,7 @@ from orphan_recovery.doubt import (
     look_at_circumstances,
     look_at_server,
 )
-from orphan_recovery.events import log_held, log_sight
+from orphan_recovery.events import log_doubt, log_held, log_sight
 from orphan_recovery.hold import Decision, decide, what_is_held
 from orphan_recovery.ledger import ledger_there
 from orphan_recovery.mark import has_verdict, settle
@@ -167,6 +168,29 @@ def tell_of(look: Look, report: SweepReport) -> None:
         seen_by=look.seen_by,
         hides_rows=look.hides_rows,
     )
+
+
+async def look_until_sure(
+    report: SweepReport, look: Look, look_again: Callable[[Look, Doubt], Awaitable[Look]]
+) -> Look:
+    """Look again while there is a doubt that the sweep can wait for. A dry run does not wait.
+
+    Args:
+        report: is told why it looked twice, or left what has beaten to the next sweep.
+        look: its first.
+        look_again: gives whoever lives the time to beat that the doubt asks for, then looks.
+
+    Returns:
+        The last look; in doubt still, if that would take the sweep too long.
+    """
+    while (doubt := look.doubt) is not None and not report.request.dry_run:
+        log_doubt(report.request, doubt)
+        if not look.may_wait_for(doubt):
+            report.postponed = str(doubt)
+            break
+        report.looked_twice = str(doubt)
+        look = await look_again(look, doubt)
+    return look
 
 
 async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Look:
