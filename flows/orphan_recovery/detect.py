@@ -73,6 +73,14 @@ async def detect(
             orphans (because they cannot be marked) never starve the rest.
         page: at most so many rows.
         among: only runs for which this holds.
+
+    Returns:
+        One frozen snapshot for each of them; an empty list if there is none, or none behind
+        ``after``.
+
+    Raises:
+        ConfigurationError: the table cannot be used, or has no column for the scope.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     runs = await runs_table(db, request.target)
     if after is None:
@@ -184,6 +192,17 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
 
     Neither undatable nor ahead runs are marked, so each sweep has to say that they are there:
     else an orphan among them would be silently lost.
+
+    Args:
+        db: where to read.
+        request: threshold, rules and scope: what is out of scope is not counted.
+
+    Returns:
+        The counts, in runs; all 0 where nothing is in flight.
+
+    Raises:
+        ConfigurationError: the table cannot be used, or has no column for the scope.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     runs = await runs_table(db, request.target)
     beats = [time.label(f"beat_{n}") for n, time in enumerate(runs.beats.values())]
@@ -283,6 +302,13 @@ async def look_at_silence(
         request: threshold, rules and scope. What is out of scope is none of the silent, and part
             of the whole: a sweep of one worker's runs is no danger to a fleet.
         among: count only runs for which this holds.
+
+    Returns:
+        The counts; all 0, and no times, where nothing is in flight.
+
+    Raises:
+        ConfigurationError: the table cannot be used, or has no column for the scope.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     runs = await runs_table(db, request.target)
     # A lock, and what is out of scope, is no silence; a run that is exempt, or may be silent for

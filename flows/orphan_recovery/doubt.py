@@ -106,6 +106,16 @@ def doubts(
 
     Only what has beaten once can beat again; for runs that show their age alone there is nothing
     to wait for. A lock goes with a connection, so that its holder may be about to take it again.
+
+    Args:
+        now: of the database and of the sweeps before.
+        fleet: what is in flight.
+        silence: how much of it is silent.
+        request: the sweep.
+        beat: how often whoever lives beats.
+
+    Returns:
+        Every reason there is, and the longest wait that one of them asks for; None for no doubt.
     """
     reasons, wait, grace = [], timedelta(0), GRACE_BEATS * beat
     asleep = timedelta(minutes=request.minutes)

@@ -82,6 +82,14 @@ async def decide(
         among: judge only runs for which this holds; the others are for a later sweep.
         seen: what that look counted. Where it is not too much and nothing is held, there is no
             need to count again.
+
+    Returns:
+        What may be marked. Its ``held`` is what may not, by a hold of this sweep or of one before
+        that nobody has released; None where there is no such hold, or no orphan under it.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     target, table = request.target, await runs_table(db, request.target)
     only = true() if among is None else among(table)
@@ -181,8 +189,12 @@ async def approve(
         lasting: how long the approval holds.
         note: why, for the ledger.
 
+    Returns:
+        Which hold that is, until when it is released, and until when it was before.
+
     Raises:
         ConfigurationError: there is no such open hold, or several.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     asked = hold.strip().lower()
     open_holds = select(holds.c.hold_id).where(

@@ -108,13 +108,18 @@ class Progress:
 async def judge_all(
     engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
 ) -> None:
-    """Mark all that a sweep may mark.
+    """Mark all that a sweep may mark. Commits slice by slice, and page by page.
 
     Args:
         engine: where the runs are.
         report: is told of every verdict but the failures.
         decision: what may be marked.
         failed: is given the failures, which are yet to be settled; also where an error ends it.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError, OSError: an outage, or an error that is about no run: after the
+            retries of the policy. What is marked stands.
     """
     request, among = report.request, decision.among
     if await in_transaction(engine, partial(is_sliceable, request=request)):
@@ -136,7 +141,8 @@ async def judge_slices(
     *,
     seconds: float = math.inf,
 ) -> None:
-    """Mark slice by slice, in two lanes; of few orphans, once there is nothing more to be shown.
+    """Mark slice by slice, and commit each; in two lanes, of few orphans once there is nothing more
+    to be shown.
 
     Args:
         engine: where the runs are.
@@ -144,6 +150,9 @@ async def judge_slices(
         progress: where to go on; it is told what was done, also where an error ends it.
         among: only runs for which this holds.
         seconds: begin no slice after so long.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError, OSError: as in :func:`judge_all`.
     """
     give_up_at = time.monotonic() + seconds
     [first, *others] = progress.lanes

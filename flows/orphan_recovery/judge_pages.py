@@ -32,7 +32,7 @@ before each is waited for by itself; each after twice as long, two and a half se
 async def judge_pages(
     engine: AsyncEngine, report: SweepReport, among: Among | None, failed: list[Verdict]
 ) -> None:
-    """Mark page by page, longest silence first, naming whatever is left alone.
+    """Mark page by page, longest silence first, naming whatever is left alone. Commits each page.
 
     Args:
         engine: where the runs are.
@@ -40,6 +40,11 @@ async def judge_pages(
         among: only runs for which this holds.
         failed: those of before, which are not tried again; is given the failures, which are yet
             to be settled, also where an error ends it.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError, OSError: an outage, or a look that failed: after the retries of
+            the policy. What is marked stands.
     """
     request, tried = report.request, {verdict.run.id for verdict in failed}
     for patience in reversed(range(PATIENCE)):
@@ -103,7 +108,20 @@ def _room(report: SweepReport, locked: list[WorkerRun]) -> int:
 async def mark_page(
     engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
 ) -> list[Verdict | None]:
-    """Mark a page in one transaction; if it fails, its halves, down to the one bad row."""
+    """Mark a page in one transaction; if it fails, its halves, down to the one bad row. Commits.
+
+    Args:
+        engine: where the runs are.
+        request: the sweep that detected them.
+        runs: a page of them, at least one.
+
+    Returns:
+        A verdict for each run, in order, a failure where it was the bad row. None where another
+        transaction had locked the row: nothing is known yet.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError, OSError: an outage, after the retries of the policy.
+    """
     try:
         verdicts = await in_transaction(
             engine, lambda db: mark(db, request, runs, skip_locked=True)

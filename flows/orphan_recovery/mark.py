@@ -155,8 +155,17 @@ async def mark(
 async def mark_one(db: Executor, request: SweepRequest, run: WorkerRun) -> Verdict:
     """Give and record the verdict on one run, waiting for its row. Does not commit.
 
+    Args:
+        db: an open transaction; the sweep must be in the ledger.
+        request: the sweep that detected it.
+        run: a detected orphan of that sweep.
+
+    Returns:
+        The verdict: a mark, also by an earlier try of the sweep, or a miss by its name.
+
     Raises:
         UndecidedError: no verdict could be given.
+        UndoneError: a trigger of the table took the mark back.
         sqlalchemy.exc.DBAPIError: any database error, a lock time-out among them.
     """
     [verdict] = await mark(db, request, [run])
@@ -171,8 +180,17 @@ async def settle(db: Executor, request: SweepRequest, failed: Sequence[Verdict])
     A try whose acknowledgement was lost has left its verdict in the ledger, and a run may have
     finished or beaten since: then that is the truth. Otherwise the failure is recorded.
 
+    Args:
+        db: an open transaction; the sweep must be in the ledger.
+        request: the sweep that tried them.
+        failed: its failures, none twice; may be empty.
+
     Returns:
         The verdicts as they now stand, in order.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     if not failed:
         return []

@@ -94,9 +94,17 @@ def unmigrate(target: Target | None = None, url: URL | None = None) -> Migration
     it is empty, and the ledger only when it is empty. Where the owner has dropped the schema, the
     table's indexes are left, and go; where there is no such table, there is nothing to do.
 
+    Args:
+        target: which; without it, the one that is meant by default.
+        url: its database; without it, the target's own address.
+
+    Returns:
+        What was taken away.
+
     Raises:
         ConfigurationError: what is still there would be lost, or the role lacks a right; the
             message says what to do.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     target = target or find_target()
 

@@ -149,7 +149,8 @@ async def _holds_any(request: SweepRequest) -> bool:
 
 
 async def run_sweep(request: SweepRequest) -> SweepReport:
-    """One whole sweep in this process: look, mark in slices or pages, summarise.
+    """One whole sweep in this process: look, mark in slices or pages, summarise. Commits each of
+    these by itself.
 
     Args:
         request: which target, scope, threshold, reason, and whether to write at all.

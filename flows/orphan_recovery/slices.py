@@ -131,6 +131,10 @@ async def take_slice(
         among: only runs for which this holds.
         shown: return the verdicts too, and not their number alone.
 
+    Returns:
+        How many it took, how many of those it marked, and where it ended. It takes no row that
+        another transaction has locked.
+
     Raises:
         UndoneError: a trigger of the table took a mark back; names some.
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.

@@ -105,8 +105,13 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
         seen_by: another sweep, which answers for this one (see :mod:`orphan_recovery.shared`):
             what it saw is taken over, and nothing looked at.
 
+    Returns:
+        What it saw; with ``is_closed`` if there is nothing to do. So it is too where an earlier
+        try, whose acknowledgement was lost, saw nothing to do and closed the sweep.
+
     Raises:
         ConfigurationError: the table or the ledger is not there, or the database is a standby.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     question = None
     if seen_by is None:
@@ -194,7 +199,21 @@ async def look_until_sure(
 
 
 async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Look:
-    """Look a second time: what is in doubt now is only what came while the sweep waited."""
+    """Look a second time: what is in doubt now is only what came while the sweep waited. Reads
+    only.
+
+    Args:
+        db: where to read.
+        request: the sweep.
+        before: its last look, which was in doubt.
+
+    Returns:
+        What it saw. In doubt only if the server came up again, or failed over, since that look.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
+    """
     assert before.now is not None  # noqa: S101 - it was in doubt of what it saw itself
     now = await look_at_server(db, before.now)
     look = await look_at(db, request, now)
@@ -231,7 +250,21 @@ async def _unlocked(db: Executor, request: SweepRequest) -> frozenset[str]:
 
 
 async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
-    """What may be marked, after the last look. Does not commit; a dry run decides nothing."""
+    """What may be marked, after the last look. Does not commit; a dry run decides nothing.
+
+    Args:
+        db: a transaction of the caller's.
+        report: of the sweep, which must be in the ledger; read, not written.
+        look: the last one.
+
+    Returns:
+        Which orphans may be marked, and what is held. Where what has beaten is left to the next
+        sweep, only those that show their age alone; where there was no orphan, none.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
+    """
     request = report.request
     if request.dry_run:
         return Decision(None, None)
