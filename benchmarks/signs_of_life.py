@@ -89,7 +89,7 @@ def beats(url: str, runs: int, count: int) -> dict[str, Any]:
         )
         db.execute("VACUUM ANALYZE runs_beats")
         beater = beater_of(target, database_url(url), INTERVAL)
-        held = [beater.hold(f"run-{n}", "w", lambda _: None) for n in range(1, runs + 1)]
+        kept = [beater.keep(f"run-{n}", "w", lambda _: None) for n in range(1, runs + 1)]
         time.sleep(3 * INTERVAL)  # the first beats come as runs are taken
         before, began = server(db), time.monotonic()
         time.sleep(count * INTERVAL)
@@ -98,7 +98,7 @@ def beats(url: str, runs: int, count: int) -> dict[str, Any]:
             "SELECT extract(epoch FROM now() - min(heartbeat_at)) AS s FROM runs_beats"
         )
         silence = float((oldest.fetchone() or {})["s"])
-        for one in held:
+        for one in kept:
             beater.release(one)
     did = {name: after[name] - before[name] for name in before}
     return {
@@ -168,7 +168,7 @@ def hold(url: str, kind: str, run_id: str) -> None:
     """The worker: holds its run until it is killed."""
     target = target_of(kind)
     if kind != "age":
-        beater_of(target, database_url(url), INTERVAL).hold(run_id, kind, lambda _: None)
+        beater_of(target, database_url(url), INTERVAL).keep(run_id, kind, lambda _: None)
     print("holding", flush=True)  # noqa: T201 - read by the process that kills this one
     time.sleep(600)
 

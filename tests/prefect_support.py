@@ -17,8 +17,8 @@ from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
-from orphan_recovery.all_targets_flow import ALL_FLOW_NAME
-from orphan_recovery.flow import FLOW_NAME, recover_orphaned_runs
+from orphan_recovery.flow import recover_orphaned_runs
+from orphan_recovery.names import ALL_FLOW_NAME, FLOW_NAME
 from support import until
 
 ROOT = Path(__file__).parents[1]

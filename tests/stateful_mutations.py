@@ -189,7 +189,7 @@ MARK: dict[str, Mutation] = {
     "a mark that forgets its own verdict": _instead(
         miss, "_outcome_of_miss", lambda whole, row: whole({**row, "own_outcome": None})
     ),
-    "a mark by a client's clock": _to(mark, "_NOW", literal(datetime.now(UTC))),
+    "a mark by a client's clock": _to(mark, "NOW", literal(datetime.now(UTC))),
     "a naive time that is not read as UTC": _instead(runs, "as_utc", _naive),
 }
 

@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from prefect import flow
 
 import orphan_recovery.flow
-from orphan_recovery.flow import FLOW_NAME
+from orphan_recovery.names import FLOW_NAME
 from prefect_support import ROOT, Api, client_of, deploy, flow_run_of, process, run, sweep
 from support import Database, until
 

@@ -108,7 +108,9 @@ def test_a_bad_switch_is_refused_at_start_up_by_name() -> None:
 def test_every_log_event_is_explained_and_no_other() -> None:
     """Their names are part of the public interface."""
     code = "".join(path.read_text() for path in (ROOT / "flows").rglob("*.py"))
-    emitted = re.findall(r"logger\.(?:info|warning|error|log)\(\s*(?:\w+, )?\"(\w+)\"", code)
+    by_logger = r"logger\.(?:info|warning|error)\(\s*\"(\w+)\""  # of a worker that beats
+    by_sweep = r"_log\(\s*[\w.]+, \"(\w+)\""
+    emitted = re.findall(by_logger, code) + re.findall(by_sweep, code)
     explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/events.md").read_text(), re.M)
     assert len(emitted) > 20
     assert sorted(explained) == sorted(set(emitted))

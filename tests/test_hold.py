@@ -144,6 +144,8 @@ async def test_a_sweep_that_would_crash_most_of_a_fleet_marks_nothing_and_asks(
     [event] = [record for record in caplog.records if record.msg == "orphan_recovery_held"]
     assert event.levelno == logging.ERROR
     assert vars(event)["hold_id"] == str(hold["hold_id"])
+    assert vars(event)["sweep_id"] == str(hold["sweep_id"])
+    assert (vars(event)["runs"], vars(event)["is_new"]) == (11, True)
     assert vars(event)["evidence"] == saw
 
 

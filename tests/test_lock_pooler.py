@@ -45,7 +45,7 @@ async def test_doctor_says_whose_locks_are_held_over_an_address_that_keeps_sessi
                 found = await about_locks(target)
             assert (found.level, found.told) == (
                 Level.OK,
-                "1 runs in flight have a lock for their run",
+                "a run's lock is held for 1 run in flight",
             )
             await asyncio.to_thread(await_locks, db, 0)
 

@@ -19,7 +19,7 @@ from orphan_recovery import (
     recover_orphaned_runs,
 )
 from orphan_recovery.database import transaction
-from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan, retrying
+from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan
 from orphan_recovery.record import close_sweep
 from orphan_recovery.request import SweepRequest
 from support import Database, free_port
@@ -132,7 +132,7 @@ async def test_a_stricter_default_isolation_costs_no_retry(
 ) -> None:
     """Under SERIALIZABLE a mark that waited for its row could only fail and be tried again."""
     no_retries = RetryPlan(retries=0, backoff_factor=0, jitter=0)
-    monkeypatch.setattr(attempt, "retrying", lambda: retrying(no_retries))
+    monkeypatch.setattr("orphan_recovery.policy.retry_plan", lambda: no_retries)
     db.do(
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation"
         " = serializable', current_database()); END $$"
@@ -350,8 +350,11 @@ async def test_the_events_of_a_recovery_carry_their_fields(
         "orphan_recovery_complete",
     ]
     fields = [vars(record) for record in caplog.records]
+    assert {(each["target"], each["sweep_id"]) for each in fields} == {
+        ("default", report["sweep_id"])
+    }
     assert fields[1]["run_ids"] == [orphan]
-    assert (fields[2]["run_id"], fields[2]["sweep_id"]) == (orphan, report["sweep_id"])
+    assert fields[2]["run_id"] == orphan
     assert fields[3]["recovered"] == 1
 
 

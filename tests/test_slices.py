@@ -15,11 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from alive.proxy import Proxy
 from alive_support import COMMIT
-from orphan_recovery import attempt, detect_orphaned_runs, judge, mark_run_as_crashed
+from orphan_recovery import detect_orphaned_runs, judge, mark_run_as_crashed
 from orphan_recovery.database import transaction
 from orphan_recovery.hold import Decision
 from orphan_recovery.lane import enter
-from orphan_recovery.policy import RetryPlan, is_transient, retrying
+from orphan_recovery.policy import RetryPlan, is_transient
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
@@ -400,7 +400,7 @@ async def test_all_sweeps_of_a_table_share_its_lanes(
     """Fifty workers that start at once are no heavier for the server than one; and for its lane a
     sweep waits for longer than for a row."""
     monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 50)
-    monkeypatch.setattr(attempt, "retrying", lambda: retrying(RetryPlan(0, 0, 0)))
+    monkeypatch.setattr("orphan_recovery.policy.retry_plan", lambda: RetryPlan(0, 0, 0))
     slices(10, lanes=1)
     orphans = db.add_orphans(30)
     with db.connect() as other:

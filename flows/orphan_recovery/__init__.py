@@ -13,8 +13,8 @@ start and not at the first sweep.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from orphan_recovery.settings import ConfigurationError, load_settings
-from orphan_recovery.targets import default_threshold
+from orphan_recovery.settings import RECOVERY_ENABLED, ConfigurationError
+from orphan_recovery.targets import ORPHAN_THRESHOLD_MINUTES
 
 if TYPE_CHECKING:
     from orphan_recovery.detect import detect_orphaned_runs
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
     from orphan_recovery.run import Evidence, RunStatus, WorkerRun
     from orphan_recovery.summarize import get_crash_recovery_summary
     from orphan_recovery.verdict import Outcome
-
-_settings = load_settings()
-
-ORPHAN_THRESHOLD_MINUTES: int = default_threshold()
-"""Minutes of silence that make an orphan; environment variable of the same name, default 30. A
-target that is meant by default and has a threshold of its own comes before it."""
-
-RECOVERY_ENABLED: bool = _settings.recovery_enabled
-"""Whether recovery may mark runs; environment variable ORPHAN_RECOVERY_ENABLED, default true."""
 
 _HOME_OF = {
     "FEATURE_INTENT": "policy",

@@ -13,11 +13,10 @@ from pydantic import Field
 
 from orphan_recovery.flow import recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
+from orphan_recovery.names import ALL_FLOW_NAME
 from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH
 from orphan_recovery.targets import load_targets
 from orphan_recovery.words import counted
-
-ALL_FLOW_NAME = "recover-all-targets"
 
 
 @flow(name=ALL_FLOW_NAME, persist_result=False)

@@ -180,6 +180,10 @@ async def backtest_target(
             what the others are compared with.
         days: only runs that ended, and verdicts that were given, in so many days before now.
 
+    Returns:
+        What each threshold would have done, shortest first, and each rule; with counts of 0 where
+        there is nothing to replay.
+
     Raises:
         ConfigurationError: the address, the table, a threshold or the days cannot be used.
         sqlalchemy.exc.DBAPIError: as the database raised it.

@@ -16,16 +16,16 @@ from sqlalchemy.exc import DBAPIError
 from orphan_recovery.backtest import DEFAULT_DAYS, MAX_DAYS, MOST_THRESHOLDS, backtest_target
 from orphan_recovery.backtest_report import as_dict, as_markdown, as_rows, headline
 from orphan_recovery.database import describe
+from orphan_recovery.names import BACKTEST_FLOW_NAME
 from orphan_recovery.policy import retrying
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import find_target
 
-FLOW_NAME = "backtest-thresholds"
 KEY = "orphan-recovery-backtest"
 
 
-@flow(name=FLOW_NAME, persist_result=False)
+@flow(name=BACKTEST_FLOW_NAME, persist_result=False)
 async def backtest_thresholds(
     target: Annotated[str, Field(min_length=1)] | None = None,
     thresholds: Annotated[

@@ -16,7 +16,7 @@ from rich.text import Text
 from orphan_recovery.backtest import FEW, AtThreshold, Backtest, UnderRule
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import where
-from orphan_recovery.words import iso, span
+from orphan_recovery.words import counted, iso, span
 
 WIDEST_BAR: Final = 60
 _BLOCKS: Final = "▏▎▍▌▋▊▉█"
@@ -259,7 +259,7 @@ def as_markdown(tested: Backtest) -> str:
     target = tested.target
     lines = ["# Which threshold?", "", _escaped(headline(tested)) + ".", ""]
     lines += [f"- target `{target.name}`, table `{_plain(target.table)}`"]
-    lines += [f"- the {tested.days} days before {iso(tested.as_of)}"]
+    lines += [f"- the {counted(tested.days, 'day')} before {iso(tested.as_of)}"]
     if tested.replayed or tested.deaths:
         lines += ["", f"Runs that each threshold would have crashed, of {_of_all(tested)}:", ""]
         lines += ["```text", *plot(tested), "```", "", *_markdown_table(as_rows(tested))]
@@ -368,7 +368,7 @@ def _of_all(tested: Backtest) -> str:
 
 
 def _sources(tested: Backtest) -> str:
-    days = f"the last {tested.days} days have"
+    days = "the last day has" if tested.days == 1 else f"the last {tested.days} days have"
     read = [*(["the table"] if tested.has_ends else []), *(["the ledger"] * tested.has_ledger)]
     return f"{days}, in {_listed(read)}," if read else f"{days}"
 

@@ -34,7 +34,7 @@ from orphan_recovery.cli_options import (
 )
 from orphan_recovery.log import EventFormatter, logger, say_why_it_waits
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest
-from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.settings import APPROVED_MINUTES, MAX_APPROVED_MINUTES, ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target, load_targets
 
@@ -146,8 +146,8 @@ def approve(
     ] = "",
     target: TargetName = None,
     minutes: Annotated[
-        int, typer.Option(help="How long the approval holds.", min=1, max=10_080)
-    ] = 60,
+        int, typer.Option(help="How long the approval holds.", min=1, max=MAX_APPROVED_MINUTES)
+    ] = APPROVED_MINUTES,
     note: Annotated[str | None, typer.Option(help="Why, for the ledger.")] = None,
 ) -> None:
     """Release one hold: the next sweep marks the runs that it names, and no others.

@@ -24,9 +24,8 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.database import Executor
+from orphan_recovery.database import NOW, Executor
 from orphan_recovery.ledger import verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.runs import PLACE, RunsTable
@@ -34,8 +33,6 @@ from orphan_recovery.verdict import Outcome
 
 WHOSE: Final = ("worker_id", "tenant_id", "task")
 EVIDENCE: Final = ("status", "sign_of_life", "evidence", "threshold", "rule")
-
-_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
 
 class UndoneError(RuntimeError):
@@ -87,8 +84,8 @@ def condemn(table: RunsTable, request: SweepRequest, locked: CTE) -> tuple[CTE, 
         "sweep_id": literal(request.sweep_id, verdicts.c.sweep_id.type),
         "target": literal(request.target.name),
         "outcome": literal(Outcome.MARKED.value),
-        "judged_at": _NOW,
-        "silence": _NOW - marked.c.sign_of_life,
+        "judged_at": NOW,
+        "silence": NOW - marked.c.sign_of_life,
         "status_seen": marked.c.status,
         **{name: marked.c[name] for name in ("run_id", "reason", *WHOSE)},
         **{name: marked.c[name] for name in ("sign_of_life", "evidence", "threshold", "rule")},
@@ -120,7 +117,7 @@ def _undone_after(table: RunsTable, request: SweepRequest) -> Select[Any]:
         select(verdicts.c.run_id)
         .where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == table.run_id)
         .where(verdicts.c.outcome == Outcome.MARKED.value)
-        .where(verdicts.c.judged_at >= func.transaction_timestamp(type_=_NOW.type))
+        .where(verdicts.c.judged_at >= func.transaction_timestamp(type_=NOW.type))
     )
     return (
         select(table.run_id)
@@ -156,7 +153,7 @@ def _crash(table: RunsTable, request: SweepRequest, locked: CTE) -> dict[Any, An
     if "success" in facts:
         values[row.success] = literal(False)
     if "completed_at" in facts:
-        values[row.completed_at] = table.stored("completed_at", _NOW)
+        values[row.completed_at] = table.stored("completed_at", NOW)
     if "error" in facts:
         values[row.error] = table.written("error", cast(_error_text(request, locked), Text))
     return {**values, **dict.fromkeys(table.released, null())}
@@ -165,7 +162,7 @@ def _crash(table: RunsTable, request: SweepRequest, locked: CTE) -> dict[Any, An
 def _error_text(request: SweepRequest, locked: CTE) -> ColumnElement[str]:
     """The reason, and the evidence in a line that a person can read."""
     at = func.to_char(func.timezone("UTC", locked.c.sign_of_life), "YYYY-MM-DD HH24:MI:SS")
-    silence = func.date_trunc("second", _NOW - locked.c.sign_of_life)
+    silence = func.date_trunc("second", NOW - locked.c.sign_of_life)
     return func.concat(
         locked.c.reason,
         "; last sign of life ",

@@ -38,6 +38,9 @@ from orphan_recovery.targets import no_file_told
 if TYPE_CHECKING:
     from orphan_recovery.target import Target
 
+NOW: Final = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
+"""The database's time as the statement began: no clock of ours takes part in a verdict."""
+
 Executor = AsyncConnection | AsyncSession
 """What the verbs run on: our own connection, or the session of a caller."""
 

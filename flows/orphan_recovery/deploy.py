@@ -21,15 +21,13 @@ from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
 
-from orphan_recovery.all_targets_flow import ALL_FLOW_NAME, recover_all_targets
-from orphan_recovery.flow import FLOW_NAME, recover_orphaned_runs
+from orphan_recovery.all_targets_flow import recover_all_targets
+from orphan_recovery.flow import recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
+from orphan_recovery.names import ALL_FLOW_NAME, ALL_TARGETS, FLOW_NAME, ON_DEMAND, SCHEDULED
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target, load_targets
 
-SCHEDULED: Final = "scheduled"
-ON_DEMAND: Final = "on-demand"
-ALL_TARGETS: Final = "all-targets"
 EVERY: Final = timedelta(minutes=5)
 ANCHOR: Final = datetime(2026, 1, 1, tzinfo=UTC)
 POLL_SECONDS: Final = 2.0

@@ -17,8 +17,7 @@ from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, 
 from sqlalchemy.dialects.postgresql import TIMESTAMP, aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from orphan_recovery import ORPHAN_THRESHOLD_MINUTES
-from orphan_recovery.database import Executor, Span
+from orphan_recovery.database import NOW, Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import in_words, number_of, reason_of, shortest, threshold_of
@@ -26,6 +25,7 @@ from orphan_recovery.run import Evidence, WorkerRun
 from orphan_recovery.runs import TIMES, RunsTable
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
+from orphan_recovery.targets import ORPHAN_THRESHOLD_MINUTES
 
 Among = Callable[[RunsTable], ColumnElement[bool]]
 """Which runs, of a table that is not known yet."""
@@ -73,6 +73,14 @@ async def detect(
             orphans (because they cannot be marked) never starve the rest.
         page: at most so many rows.
         among: only runs for which this holds.
+
+    Returns:
+        One frozen snapshot for each of them; an empty list if there is none, or none behind
+        ``after``.
+
+    Raises:
+        ConfigurationError: the table cannot be used, or has no column for the scope.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     runs = await runs_table(db, request.target)
     if after is None:
@@ -99,7 +107,6 @@ def orphans(
     runs: RunsTable, request: SweepRequest, *, after: WorkerRun | None = None
 ) -> Select[Any]:
     """The statement that finds orphans. Served by a partial index of what is in flight."""
-    now = func.statement_timestamp(type_=_AWARE)
     threshold = threshold_of(runs, request)
     statement = (
         select(
@@ -113,13 +120,13 @@ def orphans(
             runs.evidence.label("evidence"),
             threshold.label("threshold"),
             number_of(runs, request).label("rule"),
-            now.label("seen_at"),
+            NOW.label("seen_at"),
         )
         .select_from(runs.reads_from())
         # In database time; and what is terminal never comes up.
         .where(runs.in_flight)
         .where(
-            runs.silent_since(now - threshold, now - literal(shortest(request), Span))
+            runs.silent_since(NOW - threshold, NOW - literal(shortest(request), Span))
         )  # database time
         .where(~runs.is_locked)  # a lock is proof of life
         .order_by(runs.sign_of_life, *runs.key)  # longest silence first; ties always the same way
@@ -185,9 +192,19 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
 
     Neither undatable nor ahead runs are marked, so each sweep has to say that they are there:
     else an orphan among them would be silently lost.
+
+    Args:
+        db: where to read.
+        request: threshold, rules and scope: what is out of scope is not counted.
+
+    Returns:
+        The counts, in runs; all 0 where nothing is in flight.
+
+    Raises:
+        ConfigurationError: the table cannot be used, or has no column for the scope.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     runs = await runs_table(db, request.target)
-    now = func.statement_timestamp(type_=_AWARE)
     beats = [time.label(f"beat_{n}") for n, time in enumerate(runs.beats.values())]
     locks = [runs.is_locked.label("is_locked"), runs.is_held.label("is_held")]
     run = _each_once(
@@ -199,11 +216,11 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
         .select_from(runs.reads_from())
         .where(runs.in_flight, *_scope(runs, request))
     )
-    silent, beaten = run.sign <= now - run.threshold, [run[b.name] == run.sign for b in beats]
+    silent, beaten = run.sign <= NOW - run.threshold, [run[b.name] == run.sign for b in beats]
     if runs.target.lock is not None:  # as the evidence has it
         silent, beaten = and_(silent, ~run.is_locked), [*beaten, run.is_held]
     # A minute of grace: a beat that was written while this statement began is no wrong clock.
-    too_late = now + timedelta(minutes=1)
+    too_late = NOW + timedelta(minutes=1)
     statement = select(
         func.count().label("in_flight"),
         func.count().filter(silent).label("orphans"),
@@ -211,7 +228,7 @@ async def look_at_fleet(db: Executor, request: SweepRequest) -> Fleet:
         func.count().filter(run.sign.is_(None)).label("undatable"),
         func.count().filter(run.sign > too_late).label("ahead"),
         func.count().filter(run.threshold.is_(None)).label("exempt"),
-        now.label("seen_at"),
+        NOW.label("seen_at"),
     )
     row = (await db.execute(statement)).mappings().one()
     workers = list[str]()
@@ -285,9 +302,15 @@ async def look_at_silence(
         request: threshold, rules and scope. What is out of scope is none of the silent, and part
             of the whole: a sweep of one worker's runs is no danger to a fleet.
         among: count only runs for which this holds.
+
+    Returns:
+        The counts; all 0, and no times, where nothing is in flight.
+
+    Raises:
+        ConfigurationError: the table cannot be used, or has no column for the scope.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     runs = await runs_table(db, request.target)
-    now = func.statement_timestamp(type_=_AWARE)
     # A lock, and what is out of scope, is no silence; a run that is exempt, or may be silent for
     # longer, is no sign of life.
     proves_nothing = and_(~runs.is_locked, *_scope(runs, request))
@@ -301,7 +324,7 @@ async def look_at_silence(
         .select_from(runs.reads_from())
         .where(runs.in_flight, *([] if among is None else [among]))
     )
-    overdue = and_(row.sign <= now - row.threshold, row.proves_nothing)
+    overdue = and_(row.sign <= NOW - row.threshold, row.proves_nothing)
     run = _each_once(select(*row, overdue.label("silent")))
     each = (
         select(
@@ -309,7 +332,7 @@ async def look_at_silence(
             func.count().filter(run.silent).label("orphans"),
             and_(
                 func.bool_and(run.proves_nothing),
-                func.max(run.sign) <= now - func.min(run.threshold).filter(run.silent),
+                func.max(run.sign) <= NOW - func.min(run.threshold).filter(run.silent),
             ).label("is_silent"),
             func.min(run.sign).filter(run.silent).label("first"),
             func.max(run.sign).filter(run.silent).label("last"),

@@ -9,6 +9,7 @@ from typing import Final
 
 from sqlalchemy import func, or_, select, text
 
+from orphan_recovery.database import NOW
 from orphan_recovery.detect import look_at_fleet, orphans
 from orphan_recovery.doctor_time_zone import naive_times
 from orphan_recovery.doubt import GRACE_BEATS, beat_of, look_at_circumstances
@@ -99,8 +100,8 @@ async def look_at_threshold(asked: Examined) -> list[Finding]:
     if least < needed:
         minutes = -(-needed // timedelta(minutes=1))
         way_out = (
-            f"set the threshold to at least {minutes} minutes ({BEATS} beats and one interval "
-            "between sweeps), or let runs beat, or sweep, more often"
+            f"set the threshold to at least {counted(minutes, 'minute')} ({BEATS} beats and one "
+            "interval between sweeps), or let runs beat, or sweep, more often"
         )
         if target.heartbeat_seconds is None:
             way_out += (
@@ -122,7 +123,7 @@ async def look_at_threshold(asked: Examined) -> list[Finding]:
 async def look_at_last_sweep(asked: Examined) -> list[Finding]:
     if await asked.db.scalar(select(func.to_regclass(f"{SCHEMA}.sweeps"))) is None:
         return []  # said already: there is no ledger
-    statement = select(func.statement_timestamp() - func.max(sweeps.c.ended_at)).where(
+    statement = select(NOW - func.max(sweeps.c.ended_at)).where(
         sweeps.c.target == asked.table.target.name, sweeps.c.ended_as == Ended.COMPLETED.value
     )
     age: timedelta | None = await asked.db.scalar(statement)
@@ -164,7 +165,7 @@ async def look_at_holds(asked: Examined) -> list[Finding]:
     name = asked.table.target.name
     until = select(func.max(approvals.c.expires_at)).where(
         approvals.c.hold_id == holds.c.hold_id,
-        approvals.c.expires_at > func.statement_timestamp(),
+        approvals.c.expires_at > NOW,
     )
     standing = await asked.db.execute(
         select(holds.c.hold_id, holds.c.opened_at, holds.c.evidence, until.scalar_subquery())
@@ -224,9 +225,11 @@ async def look_at_lock(asked: Examined) -> list[Finding]:
         told = f"lock evidence goes through a pooler that shares sessions ({len(pids)} seen)"
         way_out = "give workers and sweeps a direct address, or one of a session-mode pooler"
         return [Finding(Level.FAILURE, "lock", told, way_out)]
-    held = await asked.db.scalar(
+    locked = await asked.db.execute(
         select(func.count())
         .select_from(asked.table.reads_from())
         .where(asked.table.in_flight, asked.table.is_locked)
     )
-    return [Finding(Level.OK, "lock", f"{held} runs in flight have a lock for their {target.lock}")]
+    runs = counted(locked.scalar_one(), "run")
+    told = f"a {target.lock}'s lock is held for {runs} in flight"
+    return [Finding(Level.OK, "lock", told)]

@@ -9,9 +9,9 @@ only.
 from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, func, select, text
+from sqlalchemy import ColumnElement, Select, func, select, text
 
-from orphan_recovery.database import Executor
+from orphan_recovery.database import NOW, Executor
 from orphan_recovery.finding import Examined, Finding, Level
 from orphan_recovery.runs import TIMES, RunsTable
 from orphan_recovery.words import span
@@ -110,7 +110,7 @@ async def _age_of_newest(
     db: Executor, table: RunsTable, time: ColumnElement[Any]
 ) -> timedelta | None:
     """How old the newest is, of runs in flight; negative in the future, None if there is none."""
-    newest = select(func.statement_timestamp() - func.max(time)).select_from(table.reads_from())
+    newest: Select[Any] = select(NOW - func.max(time)).select_from(table.reads_from())
     age: timedelta | None = (await db.execute(newest.where(table.in_flight))).scalar_one()
     return age
 

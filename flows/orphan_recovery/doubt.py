@@ -12,12 +12,11 @@ from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import Select, and_, case, func, literal, null, or_, select
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.database import Executor, Span, server_started
+from orphan_recovery.database import NOW, Executor, Span, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Fleet, Silence
-from orphan_recovery.ledger import contests, holds, sweeps, verdicts
+from orphan_recovery.ledger import SAME_VERDICT, contests, holds, sweeps, verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import shortest, threshold_of
 from orphan_recovery.run import Evidence
@@ -35,9 +34,6 @@ LONGEST_WAIT: Final = timedelta(seconds=60)
 LEAST_SAMPLE: Final = 5
 """Workers that beat from which an interval is estimated at all."""
 CONTESTS_WITHIN: Final = timedelta(days=30)
-
-_AWARE = TIMESTAMP(timezone=True)
-_NOW = func.statement_timestamp(type_=_AWARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +124,16 @@ def doubts(
 
     Only what has beaten once can beat again; for runs that show their age alone there is nothing
     to wait for. A lock goes with a connection, so that its holder may be about to take it again.
+
+    Args:
+        now: of the database and of the sweeps before.
+        fleet: what is in flight.
+        silence: how much of it is silent.
+        request: the sweep.
+        beat: how often whoever lives beats.
+
+    Returns:
+        Every reason there is, and the longest wait that one of them asks for; None for no doubt.
     """
     reasons, wait, grace = [], timedelta(0), GRACE_BEATS * beat
     if request.target.lock is not None:
@@ -208,9 +214,9 @@ def _beating(table: RunsTable, request: SweepRequest, back_since: datetime | Non
         .select_from(table.reads_from())
         .where(table.in_flight, table.evidence != Evidence.AGE.value)
         .where(
-            (_NOW - sign).between(timedelta(0), threshold)
+            (NOW - sign).between(timedelta(0), threshold)
             if back_since is None
-            else sign < literal(back_since, _AWARE)
+            else sign < literal(back_since, TIMESTAMP(timezone=True))
         )
         .subquery()
     )
@@ -219,7 +225,7 @@ def _beating(table: RunsTable, request: SweepRequest, back_since: datetime | Non
         .group_by(runs.c.worker)
         .cte("orphan_recovery_each")
     )
-    then = _NOW if back_since is None else select(func.max(each.c.sign)).scalar_subquery()
+    then = NOW if back_since is None else select(func.max(each.c.sign)).scalar_subquery()
     silence = then - each.c.sign
     return select(
         func.count().label("workers"),
@@ -237,7 +243,7 @@ def _server() -> Select[Any]:
         func.current_setting("wal_level") == "logical",
     )
     return select(
-        _NOW.label("seen_at"),
+        NOW.label("seen_at"),
         server_started().label("server_started_at"),
         standby.label("standby"),
         case((and_(~standby, tells), func.left(segment, 8)), else_=None).label("timeline"),
@@ -255,7 +261,8 @@ def _server_and_ledger(target: str) -> Select[Any]:
         .order_by(sweeps.c.opened_at.desc())
         .limit(1)
     )
-    of_late = and_(sweeps.c.target == target, sweeps.c.opened_at > _NOW - timedelta(days=1))
+    a_day_ago = NOW - literal(timedelta(days=1), Span)
+    of_late = and_(sweeps.c.target == target, sweeps.c.opened_at > a_day_ago)
     timeline = server.selected_columns.timeline
     another = select(sweeps.c.sweep_id).where(of_late, sweeps.c.timeline != timeline).exists()
     seen = select(func.min(sweeps.c.opened_at)).where(of_late, sweeps.c.timeline == timeline)
@@ -264,11 +271,11 @@ def _server_and_ledger(target: str) -> Select[Any]:
     of_target = and_(
         verdicts.c.target == target,
         verdicts.c.outcome == Outcome.MARKED.value,
-        verdicts.c.judged_at > _NOW - literal(CONTESTS_WITHIN, Span),
+        verdicts.c.judged_at > NOW - literal(CONTESTS_WITHIN, Span),
     )
     contested = (
         select(func.count())
-        .select_from(contests.join(verdicts, _same_verdict()))
+        .select_from(contests.join(verdicts, SAME_VERDICT))
         .where(of_target)
         .scalar_subquery()
     )
@@ -282,7 +289,3 @@ def _server_and_ledger(target: str) -> Select[Any]:
         case((any_contest, marked), else_=0).label("marked"),
         case((any_contest, contested), else_=0).label("contested"),
     )
-
-
-def _same_verdict() -> Any:
-    return and_(contests.c.sweep_id == verdicts.c.sweep_id, contests.c.run_id == verdicts.c.run_id)

@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from orphan_recovery.attempt import in_transaction
 from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.doubt import Doubt
+from orphan_recovery.events import log_detected, log_end, log_start, log_verdict
 from orphan_recovery.flow_hold import (
     ASKED_FOR,
     HELD,
@@ -57,8 +58,8 @@ from orphan_recovery.flow_tasks import (
 )
 from orphan_recovery.hold import Decision, approve, ended_holds, is_open
 from orphan_recovery.judge import Progress
-from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
+from orphan_recovery.names import FLOW_NAME
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport
 from orphan_recovery.report_pages import as_markdown, as_table
@@ -66,20 +67,11 @@ from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequ
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
 from orphan_recovery.slices import is_sliceable
-from orphan_recovery.sweep import (
-    Look,
-    is_enabled,
-    log_detected,
-    log_doubt,
-    log_end,
-    log_start,
-    tell_of,
-)
+from orphan_recovery.sweep import Look, is_enabled, look_until_sure, tell_of
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
-FLOW_NAME = "recover-orphaned-runs"
 MOST_TASKS = 10_000
 BEAT = "orphan-recovery.beat"
 BEAT_SECONDS = 120.0
@@ -209,11 +201,17 @@ async def _heed(
 
 async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int) -> None:
     request, failed, decision = report.request, list[Verdict](), None
+
+    async def again(before: Look, doubt: Doubt) -> Look:
+        seconds = doubt.wait.total_seconds()
+        get_run_logger().warning("looking again in %.0f seconds, because %s", seconds, doubt)
+        await asyncio.sleep(seconds)
+        return await look_again(engine, request, before)
+
     try:
         look = await open_sweep(engine, request)
         tell_of(look, report)
-        if look.doubt is not None and not request.dry_run:
-            look = await _look_again(engine, report, look, look.doubt)
+        look = await look_until_sure(report, look, again)
         async for hold_id, answer in undelivered_answers(look.open_holds):
             await _heed(engine, request.target.name, hold_id, answer)
         decision = await decide(engine, report, look)
@@ -247,21 +245,6 @@ async def _withdraw_questions(engine: AsyncEngine, request: SweepRequest) -> Non
         get_run_logger().warning("questions about ended holds were not withdrawn: %s", told)
 
 
-async def _look_again(engine: AsyncEngine, report: SweepReport, look: Look, doubt: Doubt) -> Look:
-    log_doubt(report.request, doubt)
-    if not look.may_wait_for(doubt):
-        report.postponed = str(doubt)
-        return look
-    report.looked_twice = str(doubt)
-    seconds = doubt.wait.total_seconds()
-    get_run_logger().warning("looking again in %.0f seconds, because %s", seconds, doubt)
-    await asyncio.sleep(seconds)
-    again = await look_again(engine, report.request, look)
-    if again.doubt is None:
-        return again
-    return await _look_again(engine, report, again, again.doubt)
-
-
 async def _mark_many(
     engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
 ) -> None:
@@ -288,7 +271,7 @@ async def _mark_each(
     runs: list[WorkerRun] = (await detect(engine, request, decision)).unquote()
     report.saw(runs)
     if runs:
-        log_detected(runs)
+        log_detected(request, runs)
     if request.dry_run:
         return
     at_once = asyncio.Semaphore(TASKS_AT_ONCE)
@@ -310,7 +293,7 @@ async def _mark_each(
         if is_outage(error):
             outage = describe(error)
         verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-        log_verdict(verdict, request)
+        log_verdict(request, verdict)
         return verdict
 
     with _frozen():

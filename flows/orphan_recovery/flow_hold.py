@@ -31,8 +31,9 @@ from prefect.input.actions import adelete_flow_run_input, aread_flow_run_input
 from prefect.states import Cancelled
 from pydantic import Field
 
-from orphan_recovery.hold import APPROVED_FOR
 from orphan_recovery.report import Held, SweepReport
+from orphan_recovery.settings import APPROVED_MINUTES, MAX_APPROVED_MINUTES
+from orphan_recovery.words import counted
 
 HELD: Final = "Held"
 """The name of the state, in the UI, in events and in automations."""
@@ -59,9 +60,9 @@ class Answer(RunInput):
     )
     your_name: str = Field(min_length=1, description="For the ledger.")
     for_minutes: int = Field(
-        default=int(APPROVED_FOR.total_seconds() // 60),
+        default=APPROVED_MINUTES,
         ge=1,
-        le=7 * 24 * 60,
+        le=MAX_APPROVED_MINUTES,
         description="How long the approval holds, in minutes.",
     )
     note: str = Field(default="", description="Why, for the ledger.")
@@ -249,7 +250,7 @@ def _shown(report: SweepReport) -> str:
             f"“{MARK_THEM}” only if they are dead. If they live, choose “{LEAVE_THEM}”, or close "
             "this: the hold ends with the first sweep that hears of them.",
             f"{held.in_words()}, the first of them since {saw['first_silent_since']}. "
-            f"{held.runs} runs are not marked.",
+            f"{counted(held.runs, 'run')} {'is' if held.runs == 1 else 'are'} not marked.",
             f"Silent: {some}{f' and {more} more' if more else ''}.",
             f"The server has been up since {saw['server_started_at']}"
             + (", after a failover" if saw["failed_over"] else "")

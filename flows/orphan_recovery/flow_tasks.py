@@ -22,10 +22,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import describe, transaction
 from orphan_recovery.detect import detect as detect_orphans
+from orphan_recovery.events import log_verdict
 from orphan_recovery.hold import Decision
 from orphan_recovery.judge import Progress, judge_slices
 from orphan_recovery.judge_pages import judge_pages
-from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_transient, retry_plan
 from orphan_recovery.report import SweepReport
@@ -145,7 +145,7 @@ async def mark(marks: SharedMarks, run_id: str) -> State[Any]:
     with errors_in_a_line():
         verdict = await marks.mark(run)
     # Of the event Prefect would print the name alone; and it prints the state, which says it all.
-    log_verdict(verdict, marks.request, marked_level=logging.INFO)
+    log_verdict(marks.request, verdict, marked_level=logging.INFO)
     message = (
         f"{run.id}: {verdict.outcome.value}; silent for {run.silence} by its {run.evidence.value} "
         f"when detected, threshold {run.threshold}, held by worker {run.worker_id or '(none)'}"

@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.database import Executor, Span
+from orphan_recovery.database import NOW, Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Silence, look_at_silence, orphans
 from orphan_recovery.doubt import Circumstances
@@ -38,15 +38,12 @@ from orphan_recovery.report import Held
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.settings import APPROVED_MINUTES, ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.verdict import Outcome
 from orphan_recovery.words import iso
 
-APPROVED_FOR: Final = timedelta(minutes=60)
-"""How long an approval holds, unless the person says otherwise."""
-
-_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
+_APPROVED_FOR: Final = timedelta(minutes=APPROVED_MINUTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +82,14 @@ async def decide(
         among: judge only runs for which this holds; the others are for a later sweep.
         seen: what that look counted. Where it is not too much and nothing is held, there is no
             need to count again.
+
+    Returns:
+        What may be marked. Its ``held`` is what may not, by a hold of this sweep or of one before
+        that nobody has released; None where there is no such hold, or no orphan under it.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     target, table = request.target, await runs_table(db, request.target)
     only = true() if among is None else among(table)
@@ -171,7 +176,7 @@ class Approved(NamedTuple):
 
 
 async def approve(
-    db: Executor, hold: str, *, by: str, lasting: timedelta = APPROVED_FOR, note: str | None = None
+    db: Executor, hold: str, *, by: str, lasting: timedelta = _APPROVED_FOR, note: str | None = None
 ) -> Approved:
     """Release one hold: its runs may be marked until the approval expires. Does not commit.
 
@@ -184,8 +189,12 @@ async def approve(
         lasting: how long the approval holds.
         note: why, for the ledger.
 
+    Returns:
+        Which hold that is, until when it is released, and until when it was before.
+
     Raises:
         ConfigurationError: there is no such open hold, or several.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     asked = hold.strip().lower()
     open_holds = select(holds.c.hold_id).where(
@@ -202,15 +211,15 @@ async def approve(
         )
     [hold_id] = found
     before = select(func.max(approvals.c.expires_at)).where(
-        approvals.c.hold_id == hold_id, approvals.c.expires_at > _NOW
+        approvals.c.hold_id == hold_id, approvals.c.expires_at > NOW
     )
     was_until = (await db.execute(before)).scalar_one()
     released = (
         insert(approvals)
         .values(
             hold_id=hold_id,
-            approved_at=_NOW,
-            expires_at=_NOW + literal(lasting, Span),
+            approved_at=NOW,
+            expires_at=NOW + literal(lasting, Span),
             approved_by=by,
             note=note,
         )
@@ -231,7 +240,7 @@ async def is_open(db: Executor, hold_id: UUID) -> bool:
 async def ended_holds(db: Executor, within: timedelta) -> dict[UUID, str]:
     """As what each hold in the ledger ended that did so within so long. Reads only."""
     statement = select(holds.c.hold_id, holds.c.ended_as).where(
-        holds.c.ended_at > _NOW - literal(within, Span)
+        holds.c.ended_at > NOW - literal(within, Span)
     )
     return {row.hold_id: row.ended_as for row in await db.execute(statement)}
 
@@ -264,7 +273,7 @@ async def _open(
             hold_id=hold_id,
             target=request.target.name,
             sweep_id=request.sweep_id,
-            opened_at=_NOW,
+            opened_at=NOW,
             evidence=evidence,
         )
     )
@@ -303,7 +312,7 @@ async def _close_all(db: Executor, request: SweepRequest) -> None:
         update(holds)
         .where(holds.c.target == request.target.name, holds.c.ended_at.is_(None))
         .values(
-            ended_at=_NOW,
+            ended_at=NOW,
             ended_as=case((marked, literal("released")), else_=literal("recovered")),
             ended_by=request.sweep_id,
         )
@@ -323,7 +332,7 @@ async def _standing(db: Executor, target: Target) -> list[tuple[UUID, datetime, 
 def _released(of: FromClause = holds) -> ColumnElement[bool]:
     return (
         select(approvals.c.hold_id)
-        .where(approvals.c.hold_id == of.c.hold_id, approvals.c.expires_at > _NOW)
+        .where(approvals.c.hold_id == of.c.hold_id, approvals.c.expires_at > NOW)
         .exists()
     )
 

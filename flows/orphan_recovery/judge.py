@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.attempt import in_transaction
 from orphan_recovery.detect import Among
+from orphan_recovery.events import log_detected, log_gives_way, log_marked, log_verdict
 from orphan_recovery.hold import Decision
 from orphan_recovery.judge_pages import PAGE, judge_pages, mark_page
 from orphan_recovery.lane import (
@@ -30,8 +31,6 @@ from orphan_recovery.lane import (
     Traffic,
     enter,
 )
-from orphan_recovery.log import logger
-from orphan_recovery.mark import log_verdict
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
@@ -43,7 +42,6 @@ from orphan_recovery.slices import (
     position_of,
     take_slice,
 )
-from orphan_recovery.sweep import log_detected
 from orphan_recovery.verdict import Outcome, Verdict
 
 MANY: Final = 10 * SHOWN
@@ -110,13 +108,18 @@ class Progress:
 async def judge_all(
     engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
 ) -> None:
-    """Mark all that a sweep may mark.
+    """Mark all that a sweep may mark. Commits slice by slice, and page by page.
 
     Args:
         engine: where the runs are.
         report: is told of every verdict but the failures.
         decision: what may be marked.
         failed: is given the failures, which are yet to be settled; also where an error ends it.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError, OSError: an outage, or an error that is about no run: after the
+            retries of the policy. What is marked stands.
     """
     request, among = report.request, decision.among
     if await in_transaction(engine, partial(is_sliceable, request=request)):
@@ -138,7 +141,8 @@ async def judge_slices(
     *,
     seconds: float = math.inf,
 ) -> None:
-    """Mark slice by slice, in two lanes; of few orphans, once there is nothing more to be shown.
+    """Mark slice by slice, and commit each; in two lanes, of few orphans once there is nothing more
+    to be shown.
 
     Args:
         engine: where the runs are.
@@ -146,6 +150,9 @@ async def judge_slices(
         progress: where to go on; it is told what was done, also where an error ends it.
         among: only runs for which this holds.
         seconds: begin no slice after so long.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError, OSError: as in :func:`judge_all`.
     """
     give_up_at = time.monotonic() + seconds
     [first, *others] = progress.lanes
@@ -217,12 +224,11 @@ async def _judge_slice(
     elif part.seconds < SHORT:
         lane.size = min(LARGEST_SLICE, lane.size * 2)
     if part.runs:
-        log_detected(part.runs)
+        log_detected(request, part.runs)
     for verdict in part.verdicts:
-        log_verdict(verdict, request)
+        log_verdict(request, verdict)
     if part.marked and not shown:
-        fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
-        logger.warning("orphan_runs_marked_crashed", extra={**fields, "count": part.marked})
+        log_marked(request, part.marked)
 
 
 async def _in_lane(
@@ -259,12 +265,10 @@ async def _in_lane(
 
 
 def _tell_that_it_gives_way(request: SweepRequest, traffic: Traffic) -> None:
-    """Emit the event of a sweep that takes longer than it needs to, once."""
+    """Once in a sweep."""
     if traffic.since is None:
         traffic.since = time.monotonic()
-        fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
-        writes = round(traffic.others)
-        logger.info("sweep_gives_way", extra={**fields, "writes_per_second": writes})
+        log_gives_way(request, round(traffic.others))
 
 
 async def _judge_page_of(
@@ -285,7 +289,7 @@ async def _judge_page_of(
     page = [run for run in page if run.id not in progress.failed]
     if not page:
         return
-    log_detected(page)
+    log_detected(request, page)
     given = [v for v in await mark_page(engine, request, page) if v is not None]
     progress.failed |= {v.run.id for v in given if v.outcome is Outcome.FAILED}
     progress.detected += len(given)  # a row that somebody holds comes up again

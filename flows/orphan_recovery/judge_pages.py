@@ -1,8 +1,8 @@
 """Judge page by page: longest silence first, with a reason for whatever is left alone.
 
-The hazard is that one bad row costs the rest its recovery, or one held row delays it. So a page
-that fails is halved until the bad row stands alone, and rows that somebody holds are passed over,
-looked at anew a few times, and only then waited for, each by itself.
+The hazard is that one bad row costs the rest its recovery, or one locked row delays it. So a page
+that fails is halved until the bad row stands alone, and rows that others have locked are passed
+over, looked at anew a few times, and only then waited for, each by itself.
 """
 
 import asyncio
@@ -14,25 +14,25 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from orphan_recovery.attempt import in_transaction
 from orphan_recovery.database import POOL_SIZE, describe
 from orphan_recovery.detect import Among, detect
-from orphan_recovery.mark import log_verdict, mark, mark_one
+from orphan_recovery.events import log_detected, log_verdict
+from orphan_recovery.mark import mark, mark_one
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
-from orphan_recovery.sweep import log_detected
 from orphan_recovery.verdict import Outcome, Verdict
 
 PAGE: Final = 500
 """Runs detected, and marked, in one transaction."""
 PATIENCE: Final = 8
-"""Rounds in which rows that others hold, such as another sweep's slice, are looked at anew before
-each of them is waited for by itself; each after twice as long, two and a half seconds in all."""
+"""Rounds in which rows that others have locked, such as another sweep's slice, are looked at anew
+before each is waited for by itself; each after twice as long, two and a half seconds in all."""
 
 
 async def judge_pages(
     engine: AsyncEngine, report: SweepReport, among: Among | None, failed: list[Verdict]
 ) -> None:
-    """Mark page by page, longest silence first, naming whatever is left alone.
+    """Mark page by page, longest silence first, naming whatever is left alone. Commits each page.
 
     Args:
         engine: where the runs are.
@@ -40,17 +40,22 @@ async def judge_pages(
         among: only runs for which this holds.
         failed: those of before, which are not tried again; is given the failures, which are yet
             to be settled, also where an error ends it.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError, OSError: an outage, or a look that failed: after the retries of
+            the policy. What is marked stands.
     """
     request, tried = report.request, {verdict.run.id for verdict in failed}
     for patience in reversed(range(PATIENCE)):
-        held = await _judge_each_page(engine, report, among, tried, failed)
-        if len(held) <= POOL_SIZE or not patience:
+        locked = await _judge_each_page(engine, report, among, tried, failed)
+        if len(locked) <= POOL_SIZE or not patience:
             break
         await asyncio.sleep(0.01 * 2 ** (PATIENCE - patience))
-    report.saw(held)
-    # Last, so that a row which somebody holds for long delays no other.
+    report.saw(locked)
+    # Last, so that a row that is locked for long delays no other.
     at_once = asyncio.Semaphore(POOL_SIZE)
-    waiting = (_mark_held(engine, request, run, at_once) for run in held)
+    waiting = (_mark_locked(engine, request, run, at_once) for run in locked)
     given = await asyncio.gather(*waiting)
     report.judged([v for v in given if v.outcome is not Outcome.FAILED])
     failed += [v for v in given if v.outcome is Outcome.FAILED]
@@ -63,10 +68,10 @@ async def _judge_each_page(
     tried: set[str],
     failed: list[Verdict],
 ) -> list[WorkerRun]:
-    """One pass. Returns the runs whose rows somebody holds."""
-    request, held = report.request, list[WorkerRun]()
+    """One pass. Returns the runs whose rows others have locked."""
+    request, locked = report.request, list[WorkerRun]()
     last: WorkerRun | None = None
-    while (room := _room(report, held)) > 0:
+    while (room := _room(report, locked)) > 0:
         look = partial(detect, request=request, after=last, page=room, among=among)
         page = await in_transaction(engine, look)
         if not page:
@@ -81,29 +86,42 @@ async def _judge_each_page(
         verdicts = await mark_page(engine, request, page) if page else []
         pairs = list(zip(page, verdicts, strict=True))
         judged = [run for run, verdict in pairs if verdict is not None]
-        held += [run for run, verdict in pairs if verdict is None]
+        locked += [run for run, verdict in pairs if verdict is None]
         report.saw(judged)
         if judged:
-            log_detected(judged)
+            log_detected(request, judged)
         given = [verdict for verdict in verdicts if verdict is not None]
         failed += [v for v in given if v.outcome is Outcome.FAILED]
         tried |= {v.run.id for v in given}
         report.judged([v for v in given if v.outcome is not Outcome.FAILED])
-    return held
+    return locked
 
 
-def _room(report: SweepReport, held: list[WorkerRun]) -> int:
+def _room(report: SweepReport, locked: list[WorkerRun]) -> int:
     """How many runs the next page may have."""
     limit, page = report.request.limit, PAGE
     if not report.request.dry_run:  # what is marked, is so at most a second's worth at once
         page = min(page, report.request.target.orphans_per_second or page)
-    return page if limit is None else min(page, limit - report.detected - len(held))
+    return page if limit is None else min(page, limit - report.detected - len(locked))
 
 
 async def mark_page(
     engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
 ) -> list[Verdict | None]:
-    """Mark a page in one transaction; if it fails, its halves, down to the one bad row."""
+    """Mark a page in one transaction; if it fails, its halves, down to the one bad row. Commits.
+
+    Args:
+        engine: where the runs are.
+        request: the sweep that detected them.
+        runs: a page of them, at least one.
+
+    Returns:
+        A verdict for each run, in order, a failure where it was the bad row. None where another
+        transaction had locked the row: nothing is known yet.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError, OSError: an outage, after the retries of the policy.
+    """
     try:
         verdicts = await in_transaction(
             engine, lambda db: mark(db, request, runs, skip_locked=True)
@@ -118,24 +136,24 @@ async def mark_page(
         return first + await mark_page(engine, request, runs[middle:])
     for verdict in verdicts:
         if verdict is not None:
-            log_verdict(verdict, request)
+            log_verdict(request, verdict)
     return verdicts
 
 
-async def _mark_held(
+async def _mark_locked(
     engine: AsyncEngine, request: SweepRequest, run: WorkerRun, at_once: asyncio.Semaphore
 ) -> Verdict:
-    """Mark a run whose row somebody held, waiting for it this time."""
+    """Mark a run whose row was locked, waiting for it this time."""
     async with at_once:
         try:
             verdict = await in_transaction(engine, lambda db: mark_one(db, request, run))
         except Exception as error:
             return _failure(request, run, error)
-    log_verdict(verdict, request)
+    log_verdict(request, verdict)
     return verdict
 
 
 def _failure(request: SweepRequest, run: WorkerRun, error: Exception) -> Verdict:
     verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-    log_verdict(verdict, request)
+    log_verdict(request, verdict)
     return verdict

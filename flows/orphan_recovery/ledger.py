@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import Final
 
-from sqlalchemy import Column, Integer, Interval, MetaData, Table, Text, Uuid, func, select
+from sqlalchemy import Column, Integer, Interval, MetaData, Table, Text, Uuid, and_, func, select
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.exc import DBAPIError
 
@@ -88,6 +88,10 @@ contests: Final = Table(
     Column("reported_at", _AWARE),
 )
 
+SAME_VERDICT: Final = and_(
+    contests.c.sweep_id == verdicts.c.sweep_id, contests.c.run_id == verdicts.c.run_id
+)
+"""Which verdict a contest is about."""
 
 holds: Final = Table(
     "holds",

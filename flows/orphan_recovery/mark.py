@@ -6,7 +6,6 @@ under the lock, compares with what detection saw, and writes the mark and its ev
 or not at all. Whatever it leaves alone, it names.
 """
 
-import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -22,14 +21,13 @@ from sqlalchemy import (
     or_,
     select,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn, require_stands
-from orphan_recovery.database import Executor, server_started
+from orphan_recovery.database import NOW, Executor, server_started
 from orphan_recovery.describe import runs_table
+from orphan_recovery.events import log_verdict
 from orphan_recovery.ledger import require_ledger, verdicts
-from orphan_recovery.log import logger
 from orphan_recovery.miss import name_misses
 from orphan_recovery.record import note_direct_call, record
 from orphan_recovery.request import DEFAULT_REASON, SweepRequest, check_reason
@@ -41,8 +39,6 @@ from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
 
-_AWARE = TIMESTAMP(timezone=True)
-_NOW = func.statement_timestamp(type_=_AWARE)
 _STARTED = server_started()
 
 
@@ -85,7 +81,7 @@ async def mark_run_as_crashed(
     )
     await note_direct_call(session, request)
     verdict = await mark_one(session, request, run)
-    log_verdict(verdict, request)
+    log_verdict(request, verdict)
     return verdict.outcome is Outcome.MARKED
 
 
@@ -165,8 +161,17 @@ async def mark(
 async def mark_one(db: Executor, request: SweepRequest, run: WorkerRun) -> Verdict:
     """Give and record the verdict on one run, waiting for its row. Does not commit.
 
+    Args:
+        db: an open transaction; the sweep must be in the ledger.
+        request: the sweep that detected it.
+        run: a detected orphan of that sweep.
+
+    Returns:
+        The verdict: a mark, also by an earlier try of the sweep, or a miss by its name.
+
     Raises:
         UndecidedError: no verdict could be given.
+        UndoneError: a trigger of the table took the mark back.
         sqlalchemy.exc.DBAPIError: any database error, a lock time-out among them.
     """
     [verdict] = await mark(db, request, [run])
@@ -181,8 +186,17 @@ async def settle(db: Executor, request: SweepRequest, failed: Sequence[Verdict])
     A try whose acknowledgement was lost has left its verdict in the ledger, and a run may have
     finished or beaten since: then that is the truth. Otherwise the failure is recorded.
 
+    Args:
+        db: an open transaction; the sweep must be in the ledger.
+        request: the sweep that tried them.
+        failed: its failures, none twice; may be empty.
+
     Returns:
         The verdicts as they now stand, in order.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     if not failed:
         return []
@@ -273,9 +287,9 @@ def guards(
         # It beat.
         "same sign of life": table.sign_of_life == seen.c.sign_of_life,
         # It is silent, by the database's clock now: that of a new primary may be behind.
-        "silent": table.sign_of_life <= _NOW - seen.c.threshold,
+        "silent": table.sign_of_life <= NOW - seen.c.threshold,
         # And by the rules as they are for the row as it is.
-        "silent by its rule": table.sign_of_life <= _NOW - own_threshold,
+        "silent by its rule": table.sign_of_life <= NOW - own_threshold,
         # While the server was away nobody could beat: what was seen before is no evidence.
         "same server": or_(seen.c.evidence == Evidence.AGE.value, seen.c.seen_at > _STARTED),
         # An earlier try of this sweep was heard after all.
@@ -288,35 +302,3 @@ def has_verdict(request: SweepRequest, run_id: ColumnElement[str]) -> ColumnElem
     given = select(verdicts.c.run_id)
     given = given.where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == run_id)
     return given.exists()
-
-
-def log_verdict(
-    verdict: Verdict, request: SweepRequest, *, marked_level: int = logging.WARNING
-) -> None:
-    """Emit the event of one verdict. Misses have none of their own: the summary counts them.
-
-    Args:
-        verdict: it.
-        request: the sweep that gave it.
-        marked_level: how loudly to say that a run was marked. INFO where something else says so.
-    """
-    if verdict.outcome is Outcome.MARKED and not logger.isEnabledFor(marked_level):
-        return
-    run = verdict.run
-    fields = {
-        "run_id": run.id,
-        "target": run.target,
-        "worker_id": run.worker_id,
-        "tenant_id": run.tenant_id,
-        "evidence": run.evidence.value,
-        "sign_of_life": run.sign_of_life.isoformat(),
-        "threshold_seconds": run.threshold.total_seconds(),
-        "sweep_id": str(run.sweep_id),
-        "reason": request.reason_for(run),
-    }
-    if verdict.outcome is Outcome.MARKED:
-        silence = verdict.silence.total_seconds() if verdict.silence else None
-        fields |= {"silence_seconds": silence}
-        logger.log(marked_level, "orphan_run_marked_crashed", extra=fields)
-    elif verdict.outcome is Outcome.FAILED:
-        logger.error("failed_to_mark_orphan_crashed", extra={**fields, "error": verdict.error})

@@ -55,8 +55,10 @@ def migrate(target: Target | None = None, url: URL | None = None) -> Migration:
     """Bring a target's database up to date. Commits. Again and again without harm.
 
     The ledger; the default table, if that is the target (created, or the one that is there
-    adopted); the index that serves detection; the truth trigger, where it is wanted. Of a table
-    that is described in the file of targets nothing else is touched.
+    adopted); the indexes, unless ``index`` is false: of what is in flight, for detection, and of
+    crashed runs, where a crash has a status and a time of its own; the truth trigger, where it is
+    wanted. A table that is described in the file of targets gets these indexes and this trigger,
+    and is not changed otherwise.
 
     Args:
         target: which; without it, the one that is meant by default.
@@ -92,9 +94,17 @@ def unmigrate(target: Target | None = None, url: URL | None = None) -> Migration
     it is empty, and the ledger only when it is empty. Where the owner has dropped the schema, the
     table's indexes are left, and go; where there is no such table, there is nothing to do.
 
+    Args:
+        target: which; without it, the one that is meant by default.
+        url: its database; without it, the target's own address.
+
+    Returns:
+        What was taken away.
+
     Raises:
         ConfigurationError: what is still there would be lost, or the role lacks a right; the
             message says what to do.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     target = target or find_target()
 

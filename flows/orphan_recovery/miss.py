@@ -9,9 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import RowMapping, Select, Text, and_, cast, func, or_, select
-from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from orphan_recovery.database import Executor
+from orphan_recovery.database import NOW, Executor
 from orphan_recovery.ledger import verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
@@ -19,8 +18,6 @@ from orphan_recovery.run import WorkerRun
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.seen import as_seen, snapshots
 from orphan_recovery.verdict import Outcome, Verdict
-
-_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
 
 async def name_misses(
@@ -66,8 +63,8 @@ def _look_anew(table: RunsTable, request: SweepRequest) -> Select[Any]:
         .exists()
     )
     silent = and_(
-        table.sign_of_life <= _NOW - seen.c.threshold,
-        table.sign_of_life <= _NOW - threshold_of(table, request, seen.c.threshold),
+        table.sign_of_life <= NOW - seen.c.threshold,
+        table.sign_of_life <= NOW - threshold_of(table, request, seen.c.threshold),
         ~table.is_locked,
     )
     return select(
@@ -84,7 +81,7 @@ def _look_anew(table: RunsTable, request: SweepRequest) -> Select[Any]:
         table.sign_of_life.is_not_distinct_from(seen.c.sign_of_life).label("same_sign"),
         silent.label("silent"),
         own.c.outcome.label("own_outcome"),
-        func.coalesce(own.c.judged_at, _NOW).label("judged_at"),
+        func.coalesce(own.c.judged_at, NOW).label("judged_at"),
         own.c.silence.label("own_silence"),
         marked_by_another.label("marked_by_another"),
     ).select_from(

@@ -132,9 +132,9 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (PoolTimeoutError, OSError))
 
 
-def retrying(plan: RetryPlan | None = None) -> AsyncRetrying:
+def retrying() -> AsyncRetrying:
     """The plan as a retry loop, for what runs outside Prefect. Raises what the last try raised."""
-    plan = plan or retry_plan()
+    plan = retry_plan()
     return AsyncRetrying(
         stop=stop_after_attempt(1 + plan.retries),
         wait=_Backoff(plan),

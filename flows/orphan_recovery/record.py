@@ -24,9 +24,9 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP, insert
+from sqlalchemy.dialects.postgresql import insert
 
-from orphan_recovery.database import Executor
+from orphan_recovery.database import NOW, Executor
 from orphan_recovery.detect import Fleet
 from orphan_recovery.ledger import Ended, contests, sweeps, verdicts
 from orphan_recovery.request import SweepRequest, own_version
@@ -34,8 +34,6 @@ from orphan_recovery.verdict import Outcome, Verdict
 
 DEAD_AFTER: Final = timedelta(hours=1)
 """A sweep that is open and gave no verdict for so long is taken for dead and closed."""
-
-_NOW: Final = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
 
 async def open_sweep(
@@ -79,7 +77,7 @@ async def open_sweep(
     }
     if nothing_to_do:
         counts = dict.fromkeys(("detected", "marked", "missed", "failed"), 0)
-        looked |= {**counts, "ended_at": _NOW, "ended_as": Ended.COMPLETED.value}
+        looked |= {**counts, "ended_at": NOW, "ended_as": Ended.COMPLETED.value}
     opened = insert(sweeps).values(**_identity(request), **looked).on_conflict_do_nothing()
     if seen_by is None:  # who looked in its place has done that, too
         opened = opened.add_cte(_closing_the_dead().cte("orphan_recovery_dead"))
@@ -92,7 +90,7 @@ async def open_sweep(
 
 async def note_direct_call(db: Executor, request: SweepRequest) -> None:
     """Make sure that the verdict of a direct mark has a sweep to belong to. Does not commit."""
-    ended = {"opened_at": _NOW, "ended_at": _NOW, "ended_as": Ended.DIRECT.value}
+    ended = {"opened_at": NOW, "ended_at": NOW, "ended_as": Ended.DIRECT.value}
     await db.execute(insert(sweeps).values(**_identity(request), **ended).on_conflict_do_nothing())
 
 
@@ -144,7 +142,7 @@ async def close_sweep(
             marked=counts.c.marked,
             missed=counts.c.missed,
             failed=counts.c.failed,
-            ended_at=_NOW,
+            ended_at=NOW,
             ended_as=ended_as if error is None else Ended.FAILED.value,
             detected=func.greatest(
                 detected, counts.c.marked + counts.c.missed + counts.c.failed + left
@@ -194,7 +192,7 @@ async def record_contest(
             verdicts.c.target,
             literal(worker_id, Text),
             literal(reported_status, Text),
-            _NOW,
+            NOW,
         )
         .where(verdicts.c.target == target, verdicts.c.run_id == run_id)
         .where(verdicts.c.outcome == Outcome.MARKED.value, whose)
@@ -209,7 +207,7 @@ async def record_contest(
 
 def _closing_the_dead() -> Update:
     """Closes the sweeps that were killed before they could close themselves."""
-    long_ago = _NOW - DEAD_AFTER
+    long_ago = NOW - DEAD_AFTER
     gave_a_verdict = (
         select(verdicts.c.run_id)
         .where(verdicts.c.sweep_id == sweeps.c.sweep_id, verdicts.c.judged_at > long_ago)
@@ -225,7 +223,7 @@ def _closing_the_dead() -> Update:
         .where(sweeps.c.sweep_id.in_(dead))
         .values(
             **_counts(),
-            ended_at=_NOW,
+            ended_at=NOW,
             ended_as=Ended.DIED.value,
             error="killed before its end; its verdicts stand, and what it left is detected again",
         )
@@ -262,7 +260,7 @@ def _row(verdict: Verdict, request: SweepRequest) -> dict[str, Any]:
         "threshold": run.threshold,
         "rule": run.rule,
         "reason": request.reason_for(run),
-        "judged_at": verdict.judged_at or _NOW,
+        "judged_at": verdict.judged_at or NOW,
         "found": verdict.found,
         "error": verdict.error,
     }

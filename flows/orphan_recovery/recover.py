@@ -14,6 +14,7 @@ from orphan_recovery.attempt import in_transaction, retried
 from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.detect import look_at_fleet
 from orphan_recovery.doubt import Doubt
+from orphan_recovery.events import log_end, log_start
 from orphan_recovery.judge import judge_all
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
@@ -27,10 +28,8 @@ from orphan_recovery.sweep import (
     decide_on,
     finish,
     is_enabled,
-    log_doubt,
-    log_end,
-    log_start,
     look_again_at,
+    look_until_sure,
     tell_of,
     whoami,
 )
@@ -150,7 +149,8 @@ async def _holds_any(request: SweepRequest) -> bool:
 
 
 async def run_sweep(request: SweepRequest) -> SweepReport:
-    """One whole sweep in this process: look, mark in slices or pages, summarise.
+    """One whole sweep in this process: look, mark in slices or pages, summarise. Commits each of
+    these by itself.
 
     Args:
         request: which target, scope, threshold, reason, and whether to write at all.
@@ -187,6 +187,13 @@ async def _report_on(request: SweepRequest) -> dict[str, Any]:
 
 async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport) -> None:
     failed, decision = list[Verdict](), None
+
+    async def look_again(before: Look, doubt: Doubt) -> Look:
+        await asyncio.sleep(doubt.wait.total_seconds())
+        return await retried(
+            lambda: in_turn(engine, request, lambda db, _: look_again_at(db, request, before))
+        )
+
     try:
         look = await retried(
             lambda: in_turn(engine, request, lambda db, other: begin(db, request, other))
@@ -194,8 +201,7 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
         tell_of(look, report)
         if look.is_closed:
             return
-        if look.doubt is not None and not request.dry_run:
-            look = await _look_again(engine, request, report, look, look.doubt)
+        look = await look_until_sure(report, look, look_again)
         decision = await in_transaction(engine, lambda db: decide_on(db, report, look))
         report.held = decision.held
         # What falls silent after the look is not for this sweep.
@@ -213,21 +219,3 @@ async def _sweep(engine: AsyncEngine, request: SweepRequest, report: SweepReport
     except Exception as error:
         report.judged(failed)
         report.error = report.error or describe(error)
-
-
-async def _look_again(
-    engine: AsyncEngine, request: SweepRequest, report: SweepReport, look: Look, doubt: Doubt
-) -> Look:
-    """Give whoever lives the time to beat, then look again."""
-    log_doubt(request, doubt)
-    if not look.may_wait_for(doubt):
-        report.postponed = str(doubt)
-        return look
-    report.looked_twice = str(doubt)
-    await asyncio.sleep(doubt.wait.total_seconds())
-    again = await retried(
-        lambda: in_turn(engine, request, lambda db, _: look_again_at(db, request, look))
-    )
-    if again.doubt is None:
-        return again
-    return await _look_again(engine, request, report, again, again.doubt)

@@ -32,8 +32,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP, array
 
-from orphan_recovery.database import Span
-from orphan_recovery.ledger import contests, verdicts
+from orphan_recovery.database import NOW, Span
+from orphan_recovery.ledger import SAME_VERDICT, contests, verdicts
 from orphan_recovery.rules import BY_THRESHOLD
 from orphan_recovery.runs import TIMES, RunsTable
 from orphan_recovery.target import MATCHED, Rule, Target
@@ -43,7 +43,6 @@ MOST_TASKS: Final = 5
 """Tasks that are named for each threshold, those with most runs first."""
 
 _AWARE = TIMESTAMP(timezone=True)
-_NOW = func.statement_timestamp(type_=_AWARE)
 _NO_SPAN: ColumnElement[timedelta] = cast(null(), Interval)
 
 
@@ -63,7 +62,7 @@ def finished_runs(runs: RunsTable, asked: Asked, has_ledger: bool) -> CTE:
     """Each finished run: its longest silences, which rules they come under, or why it has none."""
     target = asked.target
     ended_at = runs.columns.completed_at
-    since = runs.stored("completed_at", _NOW - literal(timedelta(days=asked.days), Span))
+    since = runs.stored("completed_at", NOW - literal(timedelta(days=asked.days), Span))
     row = (
         select(
             runs.run_id.label("run_id"),
@@ -78,7 +77,7 @@ def finished_runs(runs: RunsTable, asked: Asked, has_ledger: bool) -> CTE:
     sign = func.greatest(*(row[role] for role in TIMES), type_=_AWARE)
     unread = case(
         (end.is_(None), "without_end"),
-        (end > _NOW, "end_ahead"),
+        (end > NOW, "end_ahead"),
         (sign.is_(None), "without_sign"),
         (or_(sign > end, beat == end), "overwritten"),
     )
@@ -231,14 +230,11 @@ def verdicts_that_stand(asked: Asked) -> Select[Any]:
 
 
 def _judged() -> FromClause:
-    contest = and_(
-        contests.c.sweep_id == verdicts.c.sweep_id, contests.c.run_id == verdicts.c.run_id
-    )
-    return verdicts.join(contests, contest, isouter=True)
+    return verdicts.join(contests, SAME_VERDICT, isouter=True)
 
 
 def _of(asked: Asked) -> list[ColumnElement[bool]]:
-    since = _NOW - literal(timedelta(days=asked.days), Span)
+    since = NOW - literal(timedelta(days=asked.days), Span)
     return [verdicts.c.target == asked.target.name, verdicts.c.judged_at >= since]
 
 
@@ -330,7 +326,7 @@ def replayed(asked: Asked, finished: CTE, lived: CTE) -> Select[Any]:
         .subquery("ranked")
     )
     return (
-        select(ranked, _NOW.label("as_of"))
+        select(ranked, NOW.label("as_of"))
         .where(or_(ranked.c.whole, ranked.c.nth <= MOST_TASKS))
         .order_by(ranked.c.minutes, ranked.c.nth)
     )

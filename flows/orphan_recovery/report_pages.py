@@ -5,15 +5,18 @@ is to be done have a heading of their own.
 """
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.verdict import Outcome, Verdict
 from orphan_recovery.words import counted, iso
 
+MOST_ROWS: Final = 200
+"""Of a table for people: the report and the ledger have more."""
 
-def as_table(report: SweepReport, rows: int = 200) -> list[dict[str, str]]:
-    """One row a run, failures first, for people: at most ``rows``, every cell a text."""
+
+def as_table(report: SweepReport) -> list[dict[str, str]]:
+    """One row a run, failures first, for people: at most ``MOST_ROWS``, every cell a text."""
     entries = report.as_dict()["runs"]
     return [
         {
@@ -26,7 +29,7 @@ def as_table(report: SweepReport, rows: int = 200) -> list[dict[str, str]]:
             "silence": str(timedelta(seconds=entry["silence_seconds"])),
             "found instead, or error": entry["error"] or _found(entry["found"]),
         }
-        for entry in entries[:rows]
+        for entry in entries[:MOST_ROWS]
     ]
 
 
@@ -67,8 +70,8 @@ def _what_is_held(held: Held) -> list[str]:
     more = saw["silent_workers"] - len(held.silent)
     up = f"the server has been up since {saw['server_started_at']}"
     return [
-        f"Hold `{held.hold_id}` stands since {iso(held.opened_at)}, and keeps {held.runs} runs "
-        "from being marked. What was seen then:",
+        f"Hold `{held.hold_id}` stands since {iso(held.opened_at)}, and keeps "
+        f"{counted(held.runs, 'run')} from being marked. What was seen then:",
         "",
         f"- {held.in_words()}, the first of them since {saw['first_silent_since']}",
         f"- silent: {silent}{f' and {more} more' if more > 0 else ''}",

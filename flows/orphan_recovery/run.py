@@ -20,7 +20,7 @@ class Evidence(StrEnum):
     """Where the last sign of life came from."""
 
     AGE = "age"
-    """The run was created, or started, and has not been heard of since."""
+    """The run was created, started, or left an event, and has not been heard of since."""
     RUN_HEARTBEAT = "run heartbeat"
     """The run's own heartbeat column."""
     LOCK = "lock"
@@ -57,9 +57,10 @@ class WorkerRun:
     worker_seen_at: datetime | None
     """The last sign of life of its worker, where workers have a table of their own."""
     sign_of_life: datetime
-    """The latest of the four times above."""
+    """The latest of the four times above, and of the run's own events where the target has
+    ``run_events``."""
     evidence: Evidence
-    """Which of them it was."""
+    """Where it came from."""
     seen_at: datetime
     """The database's time when it was seen."""
     threshold: timedelta

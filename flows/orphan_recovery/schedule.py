@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from orphan_recovery.database import describe
+from orphan_recovery.names import ALL_FLOW_NAME, ALL_TARGETS, FLOW_NAME
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
@@ -75,7 +76,7 @@ def _deployments(target: Target) -> list[Any]:
     from prefect import get_client
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
-    flows = FlowFilter(name=FlowFilterName(any_=["recover-orphaned-runs", "recover-all-targets"]))
+    flows = FlowFilter(name=FlowFilterName(any_=[FLOW_NAME, ALL_FLOW_NAME]))
     with get_client(sync_client=True) as client:
         found = client.read_deployments(flow_filter=flows)
     try:
@@ -87,5 +88,5 @@ def _deployments(target: Target) -> list[Any]:
         for deployment in found
         if deployment.parameters.get("target") == target.name
         or (deployment.parameters.get("target") is None and target.name == meant)
-        or deployment.name == "all-targets"
+        or deployment.name == ALL_TARGETS
     ]

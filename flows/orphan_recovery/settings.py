@@ -16,6 +16,11 @@ DEFAULT_THRESHOLD_MINUTES = 30
 MAX_THRESHOLD_MINUTES = 5_256_000
 """Ten years. A larger number is a slip of the finger, and would overflow an interval."""
 
+APPROVED_MINUTES = 60
+"""How long an approval of a hold lasts, unless the person says otherwise."""
+MAX_APPROVED_MINUTES = 10_080
+"""A week: what is released for longer is forgotten, and then marks what nobody looked at."""
+
 THRESHOLD_VARIABLE = "ORPHAN_THRESHOLD_MINUTES"
 ENABLED_VARIABLE = "ORPHAN_RECOVERY_ENABLED"
 DATABASE_VARIABLES = ("ORPHAN_RECOVERY_DATABASE_URL", "DATABASE_URL")
@@ -85,12 +90,11 @@ def _settings(_environment: tuple[tuple[str, str], ...]) -> Settings:
         raise ConfigurationError("; ".join(problems)) from None
 
 
-def check_threshold(minutes: object, name: str = "threshold_minutes") -> int:
+def check_threshold(minutes: object) -> int:
     """Accept a threshold given as an argument, or refuse it by name.
 
     Args:
         minutes: the silence that makes an orphan, in whole minutes.
-        name: what the caller calls it, for the message.
 
     Returns:
         The same number, now known to be usable.
@@ -101,7 +105,7 @@ def check_threshold(minutes: object, name: str = "threshold_minutes") -> int:
     whole = isinstance(minutes, int) and not isinstance(minutes, bool)
     if not whole or not 1 <= minutes <= MAX_THRESHOLD_MINUTES:  # type: ignore[operator]
         raise ConfigurationError(
-            f"{name} is {minutes!r}: give a whole number of minutes "
+            f"threshold_minutes is {minutes!r}: give a whole number of minutes "
             f"from 1 to {MAX_THRESHOLD_MINUTES}"
         )
     return minutes  # type: ignore[return-value]
@@ -112,3 +116,8 @@ def _explain(variable: str, value: object, problem: str) -> str:
     if way_out is None:  # an address: its value may hold a password
         return f"{variable} cannot be used: {problem}"
     return f"{variable} is {value!r}: {way_out}"
+
+
+RECOVERY_ENABLED: bool = load_settings().recovery_enabled
+"""Whether recovery may mark runs, as the process found it when it started; environment variable
+ORPHAN_RECOVERY_ENABLED, default true."""

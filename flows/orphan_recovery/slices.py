@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.condemn import EVIDENCE, WHOSE, UndoneError, condemn, require_stands
-from orphan_recovery.database import Executor, Span
+from orphan_recovery.database import NOW, Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, orphans, snapshot
 from orphan_recovery.ledger import verdicts
@@ -41,7 +41,6 @@ from orphan_recovery.runs import PLACE, RunsTable
 from orphan_recovery.verdict import Outcome, Verdict
 
 _AWARE = TIMESTAMP(timezone=True)
-_NOW = func.statement_timestamp(type_=_AWARE)
 _EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
 """What is older than Python can tell is left to the page by page way."""
 _LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
@@ -132,6 +131,10 @@ async def take_slice(
         among: only runs for which this holds.
         shown: return the verdicts too, and not their number alone.
 
+    Returns:
+        How many it took, how many of those it marked, and where it ended. It takes no row that
+        another transaction has locked.
+
     Raises:
         UndoneError: a trigger of the table took a mark back; names some.
         sqlalchemy.exc.DBAPIError: any database error; the transaction is then to be rolled back.
@@ -203,7 +206,7 @@ def _candidates(
         .limit(bindparam("size", type_=Integer()))
     )
     if table.facts["created_at"].is_nullable:  # else detection's own predicate has it
-        latest = table.stored("created_at", _NOW - literal(shortest(request), Span))
+        latest = table.stored("created_at", NOW - literal(shortest(request), Span))
         found = found.where(created <= latest)
     if among is not None:
         found = found.where(among(table))
@@ -251,8 +254,8 @@ def _each(
     names = [column for column in locked.c if column.key[:4] != "key_" and column.key != PLACE]
     return select(
         *names,
-        case((is_marked, _NOW)).label("judged_at"),
-        case((is_marked, _NOW - locked.c.sign_of_life)).label("judged_silence"),
+        case((is_marked, NOW)).label("judged_at"),
+        case((is_marked, NOW - locked.c.sign_of_life)).label("judged_silence"),
         locked.c.id.in_(select(marked.c.run_id).where(~marked.c.stands)).label("undone"),
     ).order_by(*_along(_order_of(locked, table), backwards))
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, RowMapping, Select, and_, func, literal, select
+from sqlalchemy import ColumnElement, RowMapping, Select, func, literal, select
 
-from orphan_recovery.database import Executor, address, make_engine, transaction
+from orphan_recovery.database import NOW, Executor, Span, address, make_engine, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.doubt import CONTESTS_WITHIN
-from orphan_recovery.ledger import SCHEMA, contests, ledger_there, verdicts
+from orphan_recovery.ledger import SAME_VERDICT, SCHEMA, contests, ledger_there, verdicts
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
@@ -88,11 +88,10 @@ async def _contests(db: Executor, target: Target) -> dict[str, Any] | None:
 
 
 def _rates(target: Target, *by: ColumnElement[Any]) -> Select[Any]:
-    same = and_(contests.c.sweep_id == verdicts.c.sweep_id, contests.c.run_id == verdicts.c.run_id)
     contested = func.count(contests.c.run_id)
     statement = (
         select(*by, func.count().label("verdicts"), contested.label("contested"))
-        .select_from(verdicts.join(contests, same, isouter=True))
+        .select_from(verdicts.join(contests, SAME_VERDICT, isouter=True))
         .where(*_of_late(target))
     )
     if by:
@@ -120,7 +119,7 @@ def _of(target: Target) -> list[ColumnElement[bool]]:
 
 
 def _of_late(target: Target) -> list[ColumnElement[bool]]:
-    since = func.statement_timestamp() - literal(CONTESTS_WITHIN)
+    since = NOW - literal(CONTESTS_WITHIN, Span)
     return [*_of(target), verdicts.c.judged_at > since]
 
 

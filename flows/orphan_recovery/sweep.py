@@ -6,6 +6,7 @@ own for when to mark.
 
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
@@ -14,7 +15,6 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Text, and_, any_, false, func, literal, or_, select, true
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from orphan_recovery import RECOVERY_ENABLED
 from orphan_recovery.database import Executor, server_started
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Fleet, Silence, look_at_fleet, look_at_silence, orphans
@@ -27,16 +27,16 @@ from orphan_recovery.doubt import (
     look_at_circumstances,
     look_at_server,
 )
+from orphan_recovery.events import log_doubt, log_held, log_sight
 from orphan_recovery.hold import Decision, decide, what_is_held
 from orphan_recovery.ledger import ledger_there
-from orphan_recovery.log import logger
 from orphan_recovery.mark import has_verdict, settle
 from orphan_recovery.record import close_sweep, open_sweep
-from orphan_recovery.report import Held, SweepReport
+from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.run import Evidence, WorkerRun
+from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.settings import ENABLED_VARIABLE, ConfigurationError, load_settings
+from orphan_recovery.settings import RECOVERY_ENABLED, ConfigurationError, load_settings
 from orphan_recovery.shared import left_by, question_about
 from orphan_recovery.targets import where
 from orphan_recovery.verdict import Outcome, Verdict
@@ -105,8 +105,13 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
         seen_by: another sweep, which answers for this one (see :mod:`orphan_recovery.shared`):
             what it saw is taken over, and nothing looked at.
 
+    Returns:
+        What it saw; with ``is_closed`` if there is nothing to do. So it is too where an earlier
+        try, whose acknowledgement was lost, saw nothing to do and closed the sweep.
+
     Raises:
         ConfigurationError: the table or the ledger is not there, or the database is a standby.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     question = None
     if seen_by is None:
@@ -122,15 +127,7 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
         fleet, timeline = await left_by(db, seen_by)
         look = Look(None, fleet, None, None, seen_by=seen_by)
     fleet = look.fleet
-    if look.hides_rows:
-        logger.warning("row_security_hides_runs", extra={"target": request.target.name})
-    if fleet.undatable:
-        logger.warning("runs_without_sign_of_life", extra={"count": fleet.undatable})
-    if fleet.ahead:
-        logger.warning(
-            "runs_ahead_of_database_clock",
-            extra={"count": fleet.ahead, "worker_ids": fleet.ahead_workers},
-        )
+    log_sight(request, fleet, hides_rows=look.hides_rows)
     if request.dry_run:
         return replace(look, is_closed=look.is_idle)
     is_closed = await open_sweep(
@@ -179,8 +176,45 @@ def tell_of(look: Look, report: SweepReport) -> None:
     )
 
 
+async def look_until_sure(
+    report: SweepReport, look: Look, look_again: Callable[[Look, Doubt], Awaitable[Look]]
+) -> Look:
+    """Look again while there is a doubt that the sweep can wait for. A dry run does not wait.
+
+    Args:
+        report: is told why it looked twice, or left what has beaten to the next sweep.
+        look: its first.
+        look_again: gives whoever lives the time to beat that the doubt asks for, then looks.
+
+    Returns:
+        The last look; in doubt still, if that would take the sweep too long.
+    """
+    while (doubt := look.doubt) is not None and not report.request.dry_run:
+        log_doubt(report.request, doubt)
+        if not look.may_wait_for(doubt):
+            report.postponed = str(doubt)
+            break
+        report.looked_twice = str(doubt)
+        look = await look_again(look, doubt)
+    return look
+
+
 async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Look:
-    """Look a second time: what is in doubt now is only what came while the sweep waited."""
+    """Look a second time: what is in doubt now is only what came while the sweep waited. Reads
+    only.
+
+    Args:
+        db: where to read.
+        request: the sweep.
+        before: its last look, which was in doubt.
+
+    Returns:
+        What it saw. In doubt only if the server came up again, or failed over, since that look.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
+    """
     assert before.now is not None  # noqa: S101 - it was in doubt of what it saw itself
     now = await look_at_server(db, before.now)
     look = await look_at(db, request, now)
@@ -216,17 +250,22 @@ async def _unlocked(db: Executor, request: SweepRequest) -> frozenset[str]:
     return frozenset((await db.execute(select(found.c.id))).scalars())
 
 
-def log_doubt(request: SweepRequest, doubt: Doubt) -> None:
-    """Emit the event of a sweep that looks twice."""
-    fields = {"sweep_id": str(request.sweep_id), "target": request.target.name}
-    seconds = doubt.wait.total_seconds()
-    logger.warning(
-        "sweep_looks_twice", extra={**fields, "reasons": str(doubt), "wait_seconds": seconds}
-    )
-
-
 async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
-    """What may be marked, after the last look. Does not commit; a dry run decides nothing."""
+    """What may be marked, after the last look. Does not commit; a dry run decides nothing.
+
+    Args:
+        db: a transaction of the caller's.
+        report: of the sweep, which must be in the ledger; read, not written.
+        look: the last one.
+
+    Returns:
+        Which orphans may be marked, and what is held. Where what has beaten is left to the next
+        sweep, only those that show their age alone; where there was no orphan, none.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
+    """
     request = report.request
     if request.dry_run:
         return Decision(None, None)
@@ -240,16 +279,9 @@ async def decide_on(db: Executor, report: SweepReport, look: Look) -> Decision:
         decision = replace(decision, among=_seen_unlocked(look.unlocked, decision.among))
     if not look.fleet.orphans:  # what came since was doubted by nobody: it is for the next sweep
         decision = replace(decision, among=_none)
-    _logged(request, decision.held)
+    if decision.held is not None:
+        log_held(request, decision.held)
     return decision
-
-
-def _logged(request: SweepRequest, held: Held | None) -> Held | None:
-    if held is not None:
-        fields = {"target": request.target.name, "hold_id": str(held.hold_id)}
-        fields |= {"runs": str(held.runs), "is_new": str(held.is_new)}
-        logger.error("orphan_recovery_held", extra={**fields, "evidence": held.evidence})
-    return held
 
 
 async def finish(
@@ -275,7 +307,9 @@ async def finish(
     detected, left = report.detected, 0
     if decision is not None and report.error is None:
         if decision.is_under_hold and report.held is None:  # an approval may have expired
-            report.held = _logged(request, await what_is_held(db, request))
+            report.held = await what_is_held(db, request)
+            if report.held is not None:
+                log_held(request, report.held)
         if await _has_come_up_again(db, report):
             detected, left = 0, await _left(db, request, decision)
             report.error = _FORGOTTEN.format(left) if left else None
@@ -333,49 +367,3 @@ def _none(table: RunsTable) -> ColumnElement[bool]:  # noqa: ARG001
 
 def _shows_only_age(table: RunsTable) -> ColumnElement[bool]:
     return table.evidence == Evidence.AGE.value
-
-
-def log_start(request: SweepRequest) -> None:
-    """Emit the event of a sweep that begins."""
-    fields = {
-        "sweep_id": str(request.sweep_id),
-        "target": request.target.name,
-        "threshold_minutes": request.minutes,
-        "dry_run": request.dry_run,
-        "scope": request.scope,
-    }
-    logger.info("orphan_recovery_starting", extra=fields)
-
-
-def log_detected(runs: list[WorkerRun]) -> None:
-    """Emit the event of orphans found, with their ids."""
-    fields = {"count": len(runs), "run_ids": [run.id for run in runs]}
-    logger.info("orphaned_runs_detected", extra=fields)
-
-
-def log_end(report: SweepReport) -> None:
-    """Emit the events of a sweep that ended, or did not begin."""
-    if not report.enabled:
-        logger.warning("orphan_recovery_disabled", extra={"switched_off_by": ENABLED_VARIABLE})
-        return
-    told = report.as_dict()
-    names = (
-        "target",
-        "sweep_id",
-        "dry_run",
-        "detected",
-        "recovered",
-        "skipped",
-        "failed",
-        "undatable",
-    )
-    fields = {name: told[name] for name in (*names, "ahead")}
-    if report.error:
-        logger.error("orphan_recovery_failed", extra={**fields, "error": report.error})
-        return
-    if not report.detected and not report.held:
-        asked = report.request
-        about = {"target": asked.target.name, "threshold_minutes": asked.minutes}
-        about |= {"seen_by": str(report.seen_by)} if report.seen_by else {}
-        logger.info("no_orphaned_runs_found", extra=about)
-    logger.info("orphan_recovery_complete", extra=fields)

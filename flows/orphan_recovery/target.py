@@ -246,7 +246,8 @@ class Target(_Described):
     """Whether workers hold a session-level advisory lock for as long as they live, and for what:
     each run, or each worker."""
     index: bool = True
-    """Whether `migrate` makes sure of the index that serves detection."""
+    """Whether `migrate` builds its indexes: of what is in flight, for detection; and of crashed
+    runs, where a crash has a status of its own, for the summary."""
     truth_trigger: bool = False
     """Whether `migrate` makes terminal rows immutable; always so for the default table."""
     columns: Columns = Columns()

@@ -270,3 +270,8 @@ def _known_keys(keys: list[str]) -> list[str]:
         return ["targets"]
     model = models.get(keys[2], Target) if len(keys) > 3 else Target
     return [name for name in model.model_fields if (model, name) != (Target, "name")]
+
+
+ORPHAN_THRESHOLD_MINUTES: int = default_threshold()
+"""Minutes of silence that make an orphan; environment variable of the same name, default 30. A
+target that is meant by default and has a threshold of its own comes before it."""

@@ -18,9 +18,9 @@ from sqlalchemy import Row, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import Executor, Span, transaction
+from orphan_recovery.events import log_wait
 from orphan_recovery.lane import LANES, lock_of
 from orphan_recovery.ledger import ledger_there
-from orphan_recovery.log import logger
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.shared import WHO_ANSWERS
 from orphan_recovery.target import split_table
@@ -84,8 +84,7 @@ async def in_turn(
         seen = await _ask(connection, about, called, take=True)
         if seen.answers or (seen.free == LANES and seen.open_with is None):
             return await look(connection, seen.answers)
-    fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
-    logger.info("sweep_waits_for_another", extra=fields)
+    log_wait(request)
     ends = time.monotonic() + LONGEST_WAIT_SECONDS
     while True:
         seen, are_dead = await _wait_for_others(engine, about, called, seen, ends)

@@ -24,13 +24,13 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from orphan_recovery.alive.lost import LostBy, RunLost
-from orphan_recovery.database import describe, transaction
+from orphan_recovery.database import NOW, describe, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.policy import is_outage
 from orphan_recovery.request import SweepRequest
@@ -39,8 +39,6 @@ from orphan_recovery.runs import RunsTable, stored
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.targets import where
-
-_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
 Run = tuple[str, str | None]
 """A run's key as it was given, and its worker."""
@@ -177,7 +175,7 @@ def _beat(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
         beaten = (
             update(table.table)
             .where(*(own == held.c[f"key_{n}"] for n, own in enumerate(table.key)))
-            .values({table.columns.heartbeat_at: table.stored("heartbeat_at", _NOW)})
+            .values({table.columns.heartbeat_at: table.stored("heartbeat_at", NOW)})
             .returning(*(own.label(f"key_{n}") for n, own in enumerate(table.key)))
             .cte("orphan_recovery_beaten")
         )
@@ -186,7 +184,7 @@ def _beat(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
     workers = (  # only workers beat: one write for each that holds any of the runs
         update(kept.table)
         .where(kept.their_key.in_(select(held.c.worker)))
-        .values({kept.table.c.last_seen: stored(_NOW, kept.last_seen)})
+        .values({kept.table.c.last_seen: stored(NOW, kept.last_seen)})
         .returning(kept.their_key.label("worker"))
         .cte("orphan_recovery_workers")
     )

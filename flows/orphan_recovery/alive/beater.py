@@ -43,8 +43,8 @@ RETRY_SHARE: Final = 0.2
 
 
 @dataclass(slots=True, eq=False)
-class Hold:
-    """One run that this process holds. Read and written under the beater's lock."""
+class OwnRun:
+    """One run that this process keeps alive. Read and written under the beater's lock."""
 
     run_id: str
     worker_id: str | None
@@ -66,7 +66,7 @@ class Beater:
         self.target, self.url, self.interval = target, url, interval
         self.pid = os.getpid()
         self._lock = threading.Lock()
-        self._holds: list[Hold] = []
+        self._own_runs: list[OwnRun] = []
         self._locks = None if target.lock is None else Locks(target, timedelta(seconds=interval))
         self._failing = self._has_place = False
         self._refused: set[Run] = set()
@@ -77,35 +77,37 @@ class Beater:
         self._thread.start()
         self._ready.wait()
 
-    def hold(self, run_id: str, worker_id: str | None, on_loss: Callable[[RunLost], None]) -> Hold:
+    def keep(
+        self, run_id: str, worker_id: str | None, on_loss: Callable[[RunLost], None]
+    ) -> OwnRun:
         """Beat for a run from now on. The first beat goes out at once."""
         threshold = timedelta(minutes=self.target.threshold_minutes)
         if self._locks is not None:
             threshold = self._locks.lost_after
-        held = Hold(run_id, worker_id, on_loss, threshold.total_seconds())
+        own = OwnRun(run_id, worker_id, on_loss, threshold.total_seconds())
         with self._lock:
-            self._holds.append(held)
+            self._own_runs.append(own)
         self._loop.call_soon_threadsafe(self._wake)
-        return held
+        return own
 
-    def release(self, held: Hold) -> None:
+    def release(self, own: OwnRun) -> None:
         """Beat for it no more; it cannot be lost from here on."""
         with self._lock:
-            if held in self._holds:
-                self._holds.remove(held)
+            if own in self._own_runs:
+                self._own_runs.remove(own)
         if self._locks is not None:  # its lock is let go of at once
             self._loop.call_soon_threadsafe(self._wake)
 
     @contextmanager
-    def finishing(self, held: Hold) -> Iterator[None]:
+    def finishing(self, own: OwnRun) -> Iterator[None]:
         """While it reports its result; once that is written, it can be lost no more."""
-        held.is_finishing = True
+        own.is_finishing = True
         try:
             yield
         except BaseException:
-            held.is_finishing = False
+            own.is_finishing = False
             raise
-        self.release(held)
+        self.release(own)
 
     def later(self, seconds: float, call: Callable[[], None]) -> None:
         """Call something from the beater's thread, after so long."""
@@ -184,13 +186,13 @@ class Beater:
     async def _beat_all(self) -> bool:
         self._fence()  # a process that was frozen learns of it before it beats again
         with self._lock:
-            holds = [held for held in self._holds if held.lost is None]
-        if not holds and not (self._locks and self._locks.any_held):
+            own_runs = [own for own in self._own_runs if own.lost is None]
+        if not own_runs and not (self._locks and self._locks.any_held):
             return True
         sent_at = time.monotonic()
         try:
             async with asyncio.timeout(self.interval):
-                runs = list({(held.run_id, held.worker_id) for held in holds})
+                runs = list({(own.run_id, own.worker_id) for own in own_runs})
                 if self._locks is not None:
                     told = await self._locks.prove(self._engine, runs)
                 else:
@@ -205,14 +207,14 @@ class Beater:
             logger.info("beat_recovered", extra={"target": self.target.name})
         self._failing = False
         self._tell_of_refused(told.refused)
-        for held in holds:
-            run = (held.run_id, held.worker_id)
+        for own in own_runs:
+            run = (own.run_id, own.worker_id)
             if run in told.thresholds:
                 threshold = told.thresholds[run]
-                held.proven_at = sent_at
-                held.lost_after = float("inf") if threshold is None else threshold.total_seconds()
+                own.proven_at = sent_at
+                own.lost_after = float("inf") if threshold is None else threshold.total_seconds()
             elif lost := told.lost.get(run):
-                self._lose(held, lost)
+                self._lose(own, lost)
         return True
 
     def _tell_of_refused(self, refused: dict[Run, str]) -> None:
@@ -232,26 +234,26 @@ class Beater:
         now = time.monotonic()
         with self._lock:
             overdue = [
-                held
-                for held in self._holds
-                if held.lost is None and now - held.proven_at >= held.lost_after
+                own
+                for own in self._own_runs
+                if own.lost is None and now - own.proven_at >= own.lost_after
             ]
-        for held in overdue:
-            silent = f"{now - held.proven_at:.0f} seconds"
-            self._lose(held, RunLost(held.run_id, LostBy.UNPROVEN, {"no beat for": silent}))
+        for own in overdue:
+            silent = f"{now - own.proven_at:.0f} seconds"
+            self._lose(own, RunLost(own.run_id, LostBy.UNPROVEN, {"no beat for": silent}))
 
-    def _lose(self, held: Hold, lost: RunLost) -> None:
+    def _lose(self, own: OwnRun, lost: RunLost) -> None:
         with self._lock:
-            if held.lost is not None or held not in self._holds:
+            if own.lost is not None or own not in self._own_runs:
                 return
-            if held.is_finishing and lost.by is LostBy.FINISHED:
+            if own.is_finishing and lost.by is LostBy.FINISHED:
                 return
-            held.lost = lost
-        held.is_lost.set()
-        fields = {"run_id": held.run_id, "target": self.target.name, "by": lost.by.value}
+            own.lost = lost
+        own.is_lost.set()
+        fields = {"run_id": own.run_id, "target": self.target.name, "by": lost.by.value}
         logger.error("run_lost", extra={**fields, "found": lost.found})
         try:
-            held.on_loss(lost)
+            own.on_loss(lost)
         except Exception as error:  # such as a loop that was closed under its block
             logger.error("loss_not_told", extra={**fields, "error": describe(error)})
 

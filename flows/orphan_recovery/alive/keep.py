@@ -12,7 +12,7 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from orphan_recovery.alive.beater import Beater, Hold, await_future, beater_of, interval_for
+from orphan_recovery.alive.beater import Beater, OwnRun, await_future, beater_of, interval_for
 from orphan_recovery.alive.lost import RunLost
 from orphan_recovery.alive.write import Result, submit_finish
 from orphan_recovery.database import address
@@ -60,7 +60,7 @@ class keep_alive:  # noqa: N801 - used as a function
         self._run_id, self._worker_id = str(run_id), worker_id
         self._target, self._interval, self._cancel = find_target(target), interval, cancel
         self._beater: Beater
-        self._hold: Hold
+        self._hold: OwnRun
         self._stopped = False
         """Whether the block was told to stop. Under the lock."""
         self._lock = threading.Lock()
@@ -116,7 +116,7 @@ class keep_alive:  # noqa: N801 - used as a function
         return beater
 
     def _begin(self, on_loss: Any) -> "Alive":
-        self._hold = self._beater.hold(self._run_id, self._worker_id, on_loss)
+        self._hold = self._beater.keep(self._run_id, self._worker_id, on_loss)
         return Alive(self._hold, self._beater)
 
     def _cancel_task(self, _: RunLost) -> None:
@@ -166,11 +166,12 @@ def _is_at_a_door(thread: int) -> bool:
 class Alive:
     """A run that is being kept alive."""
 
-    def __init__(self, hold: Hold, beater: Beater) -> None:
+    def __init__(self, hold: OwnRun, beater: Beater) -> None:
         self._hold, self._beater = hold, beater
 
     @property
     def run_id(self) -> str:
+        """The run's key, as it was given."""
         return self._hold.run_id
 
     @property

@@ -8,15 +8,14 @@ result came for a run that stands crashed, the ledger gets a contested verdict.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Text, cast, func, literal, or_, update
-from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy import Text, cast, literal, or_, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.alive.beat import found, guards, look, lost_by
 from orphan_recovery.alive.beater import Beater, await_future, beater_of
 from orphan_recovery.alive.lost import LostBy, RunLost
-from orphan_recovery.database import address, describe, transaction
+from orphan_recovery.database import NOW, address, describe, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.log import logger
 from orphan_recovery.policy import is_outage, retrying
@@ -28,8 +27,6 @@ from orphan_recovery.targets import find_target, where
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-
-_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
 
 
 async def claim(
@@ -194,7 +191,7 @@ def _claiming(table: RunsTable, run_id: str, worker_id: str, running: str) -> An
     }
     for role in ("started_at", "heartbeat_at"):
         if role in facts:
-            values[row[role]] = table.stored(role, _NOW)
+            values[row[role]] = table.stored(role, NOW)
     return (
         update(table.table)
         .where(table.is_row(literal(run_id, Text)))
@@ -238,7 +235,7 @@ def _finishing(table: RunsTable, run_id: str, worker_id: str | None, result: Res
         failed = result.status in ("failed", table.target.crashed)
         values[row.success] = literal(result.error is None and not failed)
     if "completed_at" in facts:
-        values[row.completed_at] = table.stored("completed_at", _NOW)
+        values[row.completed_at] = table.stored("completed_at", NOW)
     for role, told in (("error", result.error), ("output_json", result.output)):
         if role in facts and told is not None:
             values[row[role]] = table.written(role, told)

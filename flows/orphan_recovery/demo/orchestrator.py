@@ -10,15 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import httpx
 
 from orphan_recovery.demo.processes import Child, Processes, installed
-
-FLOW: Final = "recover-orphaned-runs"
-SCHEDULED: Final = "scheduled"
-ON_DEMAND: Final = "on-demand"
+from orphan_recovery.names import FLOW_NAME, ON_DEMAND, SCHEDULED
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,7 @@ class Orchestrator:
     def deployment(self, name: str) -> str | None:
         """The id of a deployment, or None if it is not there (yet)."""
         try:
-            answer = self._api.get(f"/deployments/name/{FLOW}/{name}")
+            answer = self._api.get(f"/deployments/name/{FLOW_NAME}/{name}")
         except httpx.TransportError:  # a busy server may take its time
             return None
         if answer.status_code == httpx.codes.NOT_FOUND:

@@ -8,10 +8,10 @@ import itertools
 from datetime import timedelta
 
 from orphan_recovery.demo.crew import Fate, Part, hire
-from orphan_recovery.demo.orchestrator import ON_DEMAND, SCHEDULED
 from orphan_recovery.demo.processes import installed
 from orphan_recovery.demo.show import clock
 from orphan_recovery.demo.stage import Stage
+from orphan_recovery.names import ON_DEMAND, SCHEDULED
 
 ORPHANS = 5
 

@@ -29,7 +29,7 @@ class Show:
     """The viewer's screen.
 
     Args:
-        still_well: called all the time while something is waited for; raises if it is in vain.
+        console: where to print; None for standard output, a terminal or a pipe.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -37,6 +37,7 @@ class Show:
         if console is None and not self.console.is_terminal:
             self.console = Console(highlight=False, width=PIPE_WIDTH)
         self.still_well: Callable[[], None] = lambda: None
+        """Called all the time while something is waited for; raises if it is in vain."""
         self._acts = 0
         self._began = time.monotonic()
 

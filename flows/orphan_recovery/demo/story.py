@@ -20,7 +20,7 @@ from orphan_recovery.demo.ending import Ending
 from orphan_recovery.demo.facts import Facts
 from orphan_recovery.demo.guarantees import Scene
 from orphan_recovery.demo.lookback import look_back
-from orphan_recovery.demo.orchestrator import ON_DEMAND, SCHEDULED, Orchestrator
+from orphan_recovery.demo.orchestrator import Orchestrator
 from orphan_recovery.demo.playground import stay
 from orphan_recovery.demo.processes import Child, DemoFailed, Processes, harmless_environment
 from orphan_recovery.demo.show import Show, clock
@@ -28,6 +28,7 @@ from orphan_recovery.demo.stage import Stage
 from orphan_recovery.demo.worker import Order
 from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
+from orphan_recovery.names import ON_DEMAND, SCHEDULED
 from orphan_recovery.target import Target
 
 THRESHOLD: Final = timedelta(minutes=1)
