@@ -403,6 +403,46 @@ async def test_a_server_that_does_not_tell_its_timeline_is_swept_all_the_same(
     assert db.sweeps()[-1]["timeline"] is None
 
 
+# A table that is locked against writes
+
+
+async def test_while_somebody_locks_the_table_nobody_can_beat_and_nothing_is_believed(
+    own: Server, db: Restarted
+) -> None:
+    own.await_age(timedelta(seconds=2 * OFTEN))
+    live, dead = db.add_run("live", beat="2 hours"), db.add_run("dead", beat="2 hours")
+    with psycopg.connect(db.url) as indexing:
+        indexing.execute("LOCK TABLE worker_runs IN SHARE MODE")
+        sweeping = asyncio.ensure_future(sweep())
+        await asyncio.to_thread(until, lambda: sweep_waits(db), "a sweep that waits")
+    await beat(db, live)  # at last
+    report = await sweeping
+    told = "somebody locks the table against writes, so that nobody can beat"
+    assert report.looked_twice == told
+    assert db.statuses() == {live: "running", dead: "crashed"}
+
+
+async def test_a_lock_that_a_sweep_cannot_wait_for_leaves_all_to_the_next_one(
+    own: Server, db: Restarted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doubt, "GRACE_BEATS", 100)
+    silent = db.add_run("silent", beat="2 hours")
+    with psycopg.connect(db.url) as indexing:
+        indexing.execute("LOCK TABLE worker_runs IN SHARE MODE")
+        report = await sweep()
+    assert "somebody locks the table against writes" in (report.postponed or "")
+    assert db.status(silent) == "running"
+
+
+async def test_a_lock_that_lets_others_write_is_no_doubt(own: Server, db: Restarted) -> None:
+    own.await_age(timedelta(seconds=2 * OFTEN))
+    db.add_run("dead", beat="2 hours")
+    with psycopg.connect(db.url) as vacuuming:
+        vacuuming.execute("LOCK TABLE worker_runs IN SHARE UPDATE EXCLUSIVE MODE")
+        report = await sweep()
+    assert (report.looked_twice, report.recovered) == (None, 1)
+
+
 # A sweeper that slept
 
 

@@ -11,7 +11,8 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Select, and_, case, func, literal, null, or_, select
+from sqlalchemy import Select, and_, case, func, literal, null, or_, select, text
+from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from orphan_recovery.database import NOW, Executor, Span, server_started
 from orphan_recovery.describe import runs_table
@@ -117,8 +118,35 @@ async def look_at_server(db: Executor, before: Circumstances) -> Circumstances:
     return replace(before, **{**row, **known})
 
 
+async def are_writers_kept_out(db: Executor, request: SweepRequest) -> bool:
+    """Whether somebody locks the runs, or what else shows signs of life, against writes: the build
+    of an index does, and most changes of a table. Reads only."""
+    table = await runs_table(db, request.target)
+    kept = [table.relation, *(one.relation for one in table.elsewhere.values())]
+    held = await db.execute(_LOCKED_AGAINST_WRITES, {"tables": [one.oid for one in kept]})
+    return bool(held.scalar_one())
+
+
+_LOCKED_AGAINST_WRITES: Final = text(
+    """
+    SELECT EXISTS (
+        SELECT FROM pg_catalog.pg_locks
+        WHERE locktype = 'relation' AND granted AND relation = ANY (CAST(:tables AS oid[]))
+          AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+          AND mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    )
+    """
+)
+
+
 def doubts(
-    now: Circumstances, fleet: Fleet, silence: Silence, request: SweepRequest, beat: timedelta
+    now: Circumstances,
+    fleet: Fleet,
+    silence: Silence,
+    request: SweepRequest,
+    beat: timedelta,
+    *,
+    kept_out: bool = False,
 ) -> Doubt | None:
     """Whether the orphans of ``fleet`` are to be looked at a second time, and when.
 
@@ -131,6 +159,7 @@ def doubts(
         silence: how much of it is silent.
         request: the sweep.
         beat: how often whoever lives beats.
+        kept_out: whether somebody locks the table against writes, or did at the last look.
 
     Returns:
         Every reason there is, and the longest wait that one of them asks for; None for no doubt.
@@ -141,6 +170,9 @@ def doubts(
         wait = grace
     if not fleet.beating:
         return None
+    if kept_out:
+        reasons.append("somebody locks the table against writes, so that nobody can beat")
+        wait = grace
     up = now.seen_at - now.server_started_at
     if up < grace:
         reasons.append(f"the server was started {span(up)} ago")

@@ -22,6 +22,7 @@ from orphan_recovery.doubt import (
     LONGEST_WAIT,
     Circumstances,
     Doubt,
+    are_writers_kept_out,
     beat_of,
     doubts,
     look_at_circumstances,
@@ -69,6 +70,8 @@ class Look:
     """The other sweep that looked, where this one took over what it saw."""
     unlocked: frozenset[str] = frozenset()
     """Runs whose lock was gone at every look, where locks are the evidence."""
+    kept_out: bool = False
+    """Whether somebody locked the table against writes."""
     hides_rows: bool = False
     """Whether row security may have kept runs from it."""
     is_closed: bool = False
@@ -209,7 +212,8 @@ async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Lo
         before: its last look, which was in doubt.
 
     Returns:
-        What it saw. In doubt only if the server came up again, or failed over, since that look.
+        What it saw. In doubt only if the server came up again, or failed over, since that look;
+        or if the table was locked against writes at either of them.
 
     Raises:
         ConfigurationError: the table cannot be used.
@@ -217,19 +221,36 @@ async def look_again_at(db: Executor, request: SweepRequest, before: Look) -> Lo
     """
     assert before.now is not None  # noqa: S101 - it was in doubt of what it saw itself
     now = await look_at_server(db, before.now)
-    look = await look_at(db, request, now)
+    look = await look_at(db, request, now, kept_out=before.kept_out)
     came_up_again = now.server_started_at != before.now.server_started_at
     failed_over = now.other_timeline
     waited = before.waited + (before.doubt.wait if before.doubt else timedelta(0))
-    doubt = look.doubt if came_up_again or failed_over else None
+    kept_out = before.kept_out or look.kept_out
+    doubt = look.doubt if came_up_again or failed_over or kept_out else None
     now = replace(now, last_sweep_at=before.now.last_sweep_at)  # for a hold to tell
     unlocked = before.unlocked & look.unlocked
     look = replace(look, unlocked=unlocked, hides_rows=before.hides_rows)
     return replace(look, now=now, doubt=doubt, waited=waited)
 
 
-async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Look:
-    """Look at the fleet, and whether what is silent there is to be believed. Reads only."""
+async def look_at(
+    db: Executor, request: SweepRequest, now: Circumstances, *, kept_out: bool = False
+) -> Look:
+    """Look at the fleet, and whether what is silent there is to be believed. Reads only.
+
+    Args:
+        db: where to read.
+        request: the sweep.
+        now: what is known of the database.
+        kept_out: whether the table was locked against writes a moment ago.
+
+    Returns:
+        What it saw, and what is in doubt of it.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
+    """
     fleet = await look_at_fleet(db, request)
     if not fleet.orphans:
         return Look(now, fleet, None, None)
@@ -238,10 +259,13 @@ async def look_at(db: Executor, request: SweepRequest, now: Circumstances) -> Lo
         unlocked = await _unlocked(db, request)
         doubt = doubts(now, fleet, silence, request, request.target.beat)
         return Look(now, fleet, silence, doubt, unlocked=unlocked)
+    locked = False
     if fleet.beating:
         beat, _ = await beat_of(db, request, now.back_since(request))
-    doubt = doubts(now, fleet, silence, request, beat or request.target.beat)
-    return Look(now, fleet, silence, doubt)
+        locked = await are_writers_kept_out(db, request)
+    beat, kept_out = beat or request.target.beat, kept_out or locked
+    doubt = doubts(now, fleet, silence, request, beat, kept_out=kept_out)
+    return Look(now, fleet, silence, doubt, kept_out=locked)
 
 
 async def _unlocked(db: Executor, request: SweepRequest) -> frozenset[str]:
