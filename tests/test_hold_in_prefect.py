@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from conftest import _database
 from orphan_recovery.all_targets_flow import recover_all_targets
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
 from prefect_support import Api, client_of, deploy, flow_run_of, marks, process, run, sweep
-from support import Database, until
+from support import Database, database_of_its_own, until
 
 YES = {"decision": "mark them crashed", "your_name": "Ada L."}
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -45,7 +44,7 @@ def api(prefect_api: str) -> Iterator[Api]:
 @pytest.fixture(scope="module")
 def shared(server: str, template: str) -> Iterator[Database]:
     """The database that the worker's environment names."""
-    with _database(server, template) as url, Database(url) as database:
+    with database_of_its_own(server, template) as url, Database(url) as database:
         yield database
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import _database
 from prefect_support import Api, client_of, deploy, process, run
-from support import Database, free_port, until
+from support import Database, database_of_its_own, free_port, until
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def deployed(api: Api, client: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def shared(server: str, template: str) -> Iterator[Database]:
     """The database that the worker's environment names."""
-    with _database(server, template) as url, Database(url) as database:
+    with database_of_its_own(server, template) as url, Database(url) as database:
         yield database
 
 

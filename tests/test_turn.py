@@ -9,7 +9,6 @@ import psycopg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from conftest import _database
 from orphan_recovery import database, turn
 from orphan_recovery.database import database_url, transaction
 from orphan_recovery.lane import enter as enter_lane
@@ -19,7 +18,7 @@ from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.sweep import begin
 from orphan_recovery.target import Target
-from support import Database, ended_in_the_ledger, open_in_the_ledger, until
+from support import Database, database_of_its_own, ended_in_the_ledger, open_in_the_ledger, until
 
 Connection = psycopg.Connection[dict[str, Any]]
 SOON = 5.0
@@ -269,7 +268,7 @@ async def test_connections_to_other_databases_do_not_count(
 ) -> None:
     """Those of this one do, whatever they are for."""
     about = turn._about(SweepRequest(asked_by="test"))
-    with _database(server) as elsewhere:
+    with database_of_its_own(server) as elsewhere:
         for url, counted in ((elsewhere, 1), (db.url, 2)):
             address = database_url(url).set(drivername="postgresql")
             given = address.render_as_string(hide_password=False)
