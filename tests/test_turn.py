@@ -284,6 +284,7 @@ async def test_however_many_connections_there_are_it_goes_on_soon(
     asked = questions(monkeypatch)
     sweeping = asyncio.ensure_future(sweep())
     await keeps_asking(sweeping, asked)
+    assert asked[-1] - asked[0] < SOON
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
