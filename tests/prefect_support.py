@@ -31,6 +31,9 @@ class Api:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        # One on SQLite may wait a whole minute for its own lock before it answers at all. And it
+        # ends a connection that was idle for five seconds, so none is to be used again by then.
+        self._client = httpx.Client(timeout=180, limits=httpx.Limits(keepalive_expiry=2))
 
     @asynccontextmanager
     async def used(self) -> AsyncIterator[None]:
@@ -44,8 +47,7 @@ class Api:
 
     def call(self, method: str, path: str, body: Any = None) -> httpx.Response:
         for _ in range(60):
-            # One on SQLite may wait a whole minute for its own lock before it answers at all.
-            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=180)
+            answer = self._client.request(method, f"{self.url}{path}", json=body)
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(0.5)  # its own database is busy; Prefect's clients wait and ask again too

@@ -148,10 +148,12 @@ def database_of_its_own(server: str, template: str = "template0") -> Iterator[st
 
 def until(holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
     """Return once ``holds`` does; fail loudly if it never does."""
-    give_up_at = time.monotonic() + seconds
+    began = time.monotonic()
     while not holds():
-        assert time.monotonic() < give_up_at, f"waited {seconds:g} s in vain for {what}"
-        time.sleep(0.02)
+        waited = time.monotonic() - began
+        assert waited < seconds, f"waited {seconds:g} s in vain for {what}"
+        # The longer it takes, the seldomer: who is asked is often the one who has to get there.
+        time.sleep(min(max(0.02, waited / 20), 0.25))
 
 
 def free_port() -> int:
