@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefect_support import Api, client_of, deploy, process, run
+from prefect_support import Api, client_of, deploy, run, working
 from support import Database, database_of_its_own, free_port, until
 
 
@@ -33,10 +33,7 @@ def api(prefect_api: str) -> Iterator[Api]:
 @pytest.fixture(scope="module")
 def deployed(api: Api, client: dict[str, str]) -> None:
     """The deployments are there. No sweep is due, so that each is one that a test started."""
-    deploy(client)
-    scheduled = api.deployment("scheduled")
-    path = f"/deployments/{scheduled['id']}/schedules/{scheduled['schedules'][0]['id']}"
-    api.call("PATCH", path, {"active": False}).raise_for_status()
+    deploy(client, scheduled=False)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +53,7 @@ def database(shared: Database) -> Iterator[Database]:
 
 @pytest.fixture(scope="module")
 def worker(deployed: None, shared: Database, client: dict[str, str], home: Path) -> Iterator[None]:
-    environment = {
-        **client,
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "ORPHAN_RECOVERY_DATABASE_URL": shared.url,
-    }
-    command = ("prefect", "worker", "start", "--pool", "process", "--type", "process")
-    with process(*command, log=home / "worker.log", **environment):
+    with working(client, home / "worker.log", ORPHAN_RECOVERY_DATABASE_URL=shared.url):
         yield
 
 
