@@ -21,6 +21,27 @@ from support import Database, database_of_its_own, free_port
 
 pytest_plugins = ["alive_support", "targets_support"]
 
+LONGEST = (
+    *("test_automations", "test_hold_in_prefect", "test_benchmarks", "test_slices"),
+    *("test_stateful", "test_doubt", "test_foreign", "test_alive_beat", "test_trigger"),
+)
+"""The files that take longer than a minute."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several files at a time are begun in the order of collection.
+
+    Else those with the fewest tests came last, and of them the longest was alone at the end.
+    """
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that short ones are left for the end."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
