@@ -372,6 +372,7 @@ async def test_that_all_lanes_are_free_is_seen_at_once(
 ) -> None:
     """However rarely the ledger is asked."""
     monkeypatch.setattr(turn, "LEDGER_SECONDS", 60.0)
+    monkeypatch.setattr(turn, "MOMENT_SECONDS", 60.0)
     asked = questions(monkeypatch)
     open_in_the_ledger(db)
     sweeping = asyncio.ensure_future(sweep())
