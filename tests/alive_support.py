@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from alive.proxy import Proxy
-from conftest import _database
 from orphan_recovery.alive import beater
 from orphan_recovery.demo.processes import Child, Processes
 from orphan_recovery.policy import RetryPlan
@@ -25,7 +24,7 @@ from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Rule, Target
 from orphan_recovery.targets import find_target
-from support import Database, until
+from support import Database, database_of_its_own, until
 
 WORKER = Path(__file__).with_name("alive") / "worker.py"
 THRESHOLD = 60
@@ -321,7 +320,7 @@ def the_minute(
         )
     )
     with (
-        _database(server, template) as url,
+        database_of_its_own(server, template) as url,
         Database(url) as db,
         Proxy(url) as away,
         Proxy(url) as hung,

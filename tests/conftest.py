@@ -1,6 +1,5 @@
 """A real Postgres for every test, each with a database of its own; a real Prefect server once."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -10,9 +9,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
-from psycopg import sql
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
@@ -20,10 +17,30 @@ from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate
 from orphan_recovery.target import Target
-from support import Database, free_port
+from support import Database, database_of_its_own, free_port
 
 pytest_plugins = ["alive_support", "targets_support"]
-_numbers = itertools.count()
+
+LONGEST = (
+    *("test_automations", "test_hold_in_prefect", "test_benchmarks", "test_slices"),
+    *("test_stateful", "test_doubt", "test_foreign", "test_alive_beat", "test_trigger"),
+)
+"""The files that take longer than a minute."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several files at a time are begun in the order of collection.
+
+    Else those with the fewest tests came last, and of them the longest was alone at the end.
+    """
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that short ones are left for the end."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +57,7 @@ def server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def template(server: str) -> Iterator[str]:
     """The name of a database with the schema, from which each test's own is copied."""
-    with _database(server) as url:
+    with database_of_its_own(server) as url:
         migrate(Target(), database_url(url))
         name = make_url(url).database
         assert name
@@ -50,7 +67,7 @@ def template(server: str) -> Iterator[str]:
 @pytest.fixture
 def blank(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     """An empty database; the environment names it."""
-    with _database(server) as url, Database(url) as database:
+    with database_of_its_own(server) as url, Database(url) as database:
         monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url)
         yield database
 
@@ -58,7 +75,7 @@ def blank(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
 @pytest.fixture
 def db(server: str, template: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     """A database with the schema and no rows; the environment names it."""
-    with _database(server, template) as url, Database(url) as database:
+    with database_of_its_own(server, template) as url, Database(url) as database:
         monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url)
         yield database
 
@@ -124,25 +141,3 @@ def _await_health(api: str, process: "subprocess.Popen[bytes]", log: Path) -> No
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise RuntimeError(f"the Prefect server did not come up:\n{log.read_text()[-3000:]}")
-
-
-class _database:  # noqa: N801 - used as a function
-    """Create a database, yield its address, drop it."""
-
-    def __init__(self, server: str, template: str = "template0") -> None:
-        self.server, self.template = server, template
-        self.name = f"orphan_recovery_test_{os.getpid()}_{next(_numbers)}"
-
-    def __enter__(self) -> str:
-        create = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
-        self._admin(create.format(sql.Identifier(self.name), sql.Identifier(self.template)))
-        url = make_url(self.server).set(drivername="postgresql", database=self.name)
-        return url.render_as_string(hide_password=False)
-
-    def __exit__(self, *_: object) -> None:
-        self._admin(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(self.name)))
-
-    def _admin(self, statement: sql.Composed) -> None:
-        url = make_url(self.server).set(drivername="postgresql")
-        with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as admin:
-            admin.execute(statement)

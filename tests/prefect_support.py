@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogHandler
@@ -31,6 +32,9 @@ class Api:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        # One on SQLite may wait a whole minute for its own lock before it answers at all. And it
+        # ends a connection that was idle for five seconds, so none is to be used again by then.
+        self._client = httpx.Client(timeout=180, limits=httpx.Limits(keepalive_expiry=2))
 
     @asynccontextmanager
     async def used(self) -> AsyncIterator[None]:
@@ -44,8 +48,7 @@ class Api:
 
     def call(self, method: str, path: str, body: Any = None) -> httpx.Response:
         for _ in range(60):
-            # One on SQLite may wait a whole minute for its own lock before it answers at all.
-            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=180)
+            answer = self._client.request(method, f"{self.url}{path}", json=body)
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(0.5)  # its own database is busy; Prefect's clients wait and ask again too
@@ -148,14 +151,40 @@ def client_of(prefect_api: str, home: Path) -> dict[str, str]:
     return {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1"}
 
 
-def deploy(client: dict[str, str]) -> None:
-    """Deploy prefect.yaml, to a work pool named process."""
+def deploy(client: dict[str, str], *, scheduled: bool = True) -> None:
+    """Deploy prefect.yaml, to a work pool named process.
+
+    Args:
+        client: the environment of the command.
+        scheduled: without it, no sweep is due but those that a test starts. To silence a schedule
+            afterwards is not enough: Prefect may be about to plan a sweep that is due by then.
+    """
+    file = ROOT / "prefect.yaml"
+    if not scheduled:
+        written = yaml.safe_load(file.read_text())
+        for deployment in written["deployments"]:
+            for schedule in deployment.get("schedules", []):
+                schedule["active"] = False
+        file = Path(client["PREFECT_HOME"]) / "prefect.yaml"
+        file.write_text(yaml.safe_dump(written))
     template = ProcessWorker.get_default_base_job_template()
     pool = {"name": "process", "type": "process", "base_job_template": template}
     answer = Api(client["PREFECT_API_URL"]).call("POST", "/work_pools/", pool)
     assert answer.status_code in (201, 409), answer.text  # made, or there already
-    done = run("prefect", "--no-prompt", "deploy", "--all", **client)
+    command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file))
+    done = run(*command, **client)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextmanager
+def working(
+    client: dict[str, str], log: Path, **environment: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker of that work pool; it asks often what there is to do."""
+    often = {"PREFECT_WORKER_QUERY_SECONDS": "0.5", **environment}
+    command = ("prefect", "worker", "start", "--pool", "process", "--type", "process")
+    with process(*command, log=log, **client, **often) as worker:
+        yield worker
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from sqlalchemy import make_url
+from sqlalchemy import make_url, select
+from sqlalchemy.dialects import postgresql
 
+from orphan_recovery.database import server_started
 from orphan_recovery.embedded import embedded_postgres
 from support import Database, until
+
+_STARTED = select(server_started()).compile(
+    dialect=postgresql.dialect(),  # type: ignore[no-untyped-call]
+    compile_kwargs={"literal_binds": True},
+)
+"""As a sweep asks it, with its values written out."""
 
 
 @contextmanager
@@ -67,11 +75,15 @@ class Server:
         self.control("start", "-l", str(self.data / "log"), "-o", f'-h "" -k {socket}')
 
     def await_age(self, age: timedelta) -> None:
-        """Return once it has been up for so long."""
+        """Return once a sweep takes it to have been up for so long.
+
+        It was started by then, but its processes begin a little later, on a busy machine by
+        seconds, and a sweep goes by them too.
+        """
 
         def old_enough() -> bool:
             with psycopg.connect(self.url) as connection:
-                asked = "SELECT now() - pg_postmaster_start_time() >= %s"
+                asked = f"SELECT now() - ({_STARTED}) >= %s".encode()
                 return bool((connection.execute(asked, [age]).fetchone() or [False])[0])
 
         until(old_enough, f"a server that has been up for {age}")

@@ -1,13 +1,19 @@
 """What tests arrange the world with: rows, second connections, real processes."""
 
+import itertools
+import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, LiteralString, Self
 
 import psycopg
 from psycopg.rows import dict_row
+from sqlalchemy import make_url
+
+_numbers = itertools.count()
 
 
 class Database:
@@ -116,12 +122,38 @@ class Database:
         )
 
 
+@contextmanager
+def database_of_its_own(server: str, template: str = "template0") -> Iterator[str]:
+    """The address of a database that is made for the block, and dropped at its end.
+
+    Args:
+        server: the address of any database of the server that is to have it.
+        template: the name of the database that it is copied from.
+    """
+    # Two processes of tests may share a server.
+    name = f"orphan_recovery_test_{os.getpid()}_{next(_numbers)}"
+    address = make_url(server).set(drivername="postgresql")
+
+    def as_admin(command: LiteralString, *names: str) -> None:
+        statement = psycopg.sql.SQL(command).format(*map(psycopg.sql.Identifier, names))
+        with psycopg.connect(address.render_as_string(hide_password=False), autocommit=True) as db:
+            db.execute(statement)
+
+    as_admin("CREATE DATABASE {} TEMPLATE {}", name, template)
+    try:
+        yield address.set(database=name).render_as_string(hide_password=False)
+    finally:
+        as_admin("DROP DATABASE {} WITH (FORCE)", name)
+
+
 def until(holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
     """Return once ``holds`` does; fail loudly if it never does."""
-    give_up_at = time.monotonic() + seconds
+    began = time.monotonic()
     while not holds():
-        assert time.monotonic() < give_up_at, f"waited {seconds:g} s in vain for {what}"
-        time.sleep(0.02)
+        waited = time.monotonic() - began
+        assert waited < seconds, f"waited {seconds:g} s in vain for {what}"
+        # The longer it takes, the seldomer: who is asked is often the one who has to get there.
+        time.sleep(min(max(0.02, waited / 20), 0.25))
 
 
 def free_port() -> int:

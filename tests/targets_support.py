@@ -4,11 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from conftest import _database
 from orphan_recovery.database import database_url
 from orphan_recovery.migrate import migrate
 from orphan_recovery.targets import find_target
-from support import Database
+from support import Database, database_of_its_own
 
 # Three tables that have nothing in common but that workers hold their rows: words, numbers for
 # words, and the project's own under another name.
@@ -90,7 +89,7 @@ def jobs(server: str, template: str, tmp_path_factory: pytest.TempPathFactory) -
     """The name of a database with the tables and the ledger, from which others are copied."""
     file = tmp_path_factory.mktemp("jobs") / "targets.toml"
     file.write_text(BILLING + REPORTS)
-    with _database(server, template) as url:
+    with database_of_its_own(server, template) as url:
         with Database(url) as database:
             database.do(
                 "CREATE TABLE invoice_jobs (job_no bigint PRIMARY KEY, state text NOT NULL,"

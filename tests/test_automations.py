@@ -16,7 +16,7 @@ from prefect import flow
 
 import orphan_recovery.flow
 from orphan_recovery.names import FLOW_NAME
-from prefect_support import ROOT, Api, client_of, deploy, flow_run_of, process, run, sweep
+from prefect_support import ROOT, Api, client_of, deploy, flow_run_of, run, sweep, working
 from support import Database, until
 
 FILE = ROOT / "deployments" / "automation.yaml"
@@ -236,11 +236,8 @@ def test_a_sweep_that_is_killed_with_its_worker_is_shown_as_crashed_and_short_on
     db: Database, api: Api, as_written: None, impatient: None, tmp_path: Path
 ) -> None:
     client = client_of(api.url, tmp_path)
-    deploy(client)
-    api.pause_schedules()
-    environment = {**client, "PREFECT_WORKER_QUERY_SECONDS": "1"}
-    command = ("prefect", "worker", "start", "--pool", "process", "--type", "process")
-    with process(*command, log=tmp_path / "worker.log", **environment) as worker:
+    deploy(client, scheduled=False)
+    with working(client, tmp_path / "worker.log") as worker:
         short = [start(api, "COMPLETED") for _ in range(3)]
         with db.connect() as blocker:
             blocker.execute("LOCK TABLE orphan_recovery.sweeps IN ACCESS EXCLUSIVE MODE")

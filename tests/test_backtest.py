@@ -16,7 +16,6 @@ from rich.console import Console
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from conftest import _database
 from orphan_recovery import backtest
 from orphan_recovery.alive import RunLost, finish_run
 from orphan_recovery.backtest import FEW, LADDER, AtThreshold, Backtest, backtest_target
@@ -29,9 +28,9 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from prefect_support import Api, flow_run_of
-from support import Database, free_port
+from sql_support import a_role, seen_by
+from support import Database, database_of_its_own, free_port
 from tables_support import configure, do, set_for_all
-from test_sql import a_role, seen_by
 
 COMMAND = Path(sys.executable).with_name("orphan-recovery")
 
@@ -890,7 +889,7 @@ async def test_the_flow_keys_its_artifacts_by_target(
 async def test_a_flow_that_cannot_read_fails_in_one_line_and_makes_no_artifact(
     server: str, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with _database(server) as url:
+    with database_of_its_own(server) as url:
         migrate(Target(), database_url(url))
         with Database(url) as database:
             database.do("CREATE ROLE nobody_reads LOGIN") if not database.do(

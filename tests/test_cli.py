@@ -2,29 +2,15 @@
 
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url
 
+from cli_support import run
 from orphan_recovery.log import WaitFormatter
 from support import Database, ended_in_the_ledger, free_port, open_in_the_ledger
-
-COMMAND = Path(sys.executable).with_name("orphan-recovery")
-
-
-def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [str(COMMAND), *arguments],
-        env={**os.environ, "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_migrate_sweep_summary(blank: Database) -> None:

@@ -8,9 +8,9 @@ import subprocess
 import pytest
 from rich.console import Console
 
+from cli_support import COMMAND
 from orphan_recovery.cli_table import print_table
 from support import Database
-from test_cli import COMMAND
 
 RUN = "0b6c0b2e-7f3e-4d5c-9d1a-5f0f6f0f2a11"
 ROW = {

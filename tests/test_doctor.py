@@ -11,6 +11,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from sqlalchemy import make_url
 
+from cli_support import run
 from orphan_recovery.doctor import examine
 from orphan_recovery.finding import Finding, Level
 from orphan_recovery.migrate import migrate
@@ -19,7 +20,6 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from prefect_support import Api, client_of, deploy
 from support import Database, free_port
-from test_cli import run
 
 ALL_LINES = [
     *("configuration", "server", "table", "columns", "privileges", "statuses", "index"),

@@ -10,9 +10,9 @@ from sqlalchemy import make_url
 from orphan_recovery.doctor import examine
 from orphan_recovery.finding import Finding, Level
 from orphan_recovery.target import Elsewhere, Target
+from sql_support import a_role
 from support import Database
 from tables_support import do, set_for_all
-from test_sql import a_role
 
 # Of those that keep one time all the year, so that a test says the same in summer.
 WEST, EAST, HALF = "America/Bogota", "Asia/Tokyo", "Asia/Kolkata"

@@ -17,7 +17,6 @@ import psycopg
 import pytest
 from sqlalchemy import make_url, select
 
-from conftest import _database
 from orphan_recovery import ConfigurationError, doubt, judge, judge_pages
 from orphan_recovery.database import database_url, make_engine, server_started
 from orphan_recovery.doctor import examine
@@ -31,7 +30,7 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
 from prefect_support import run
 from server_support import Restarted, Server, own_server
-from support import Database, until
+from support import Database, database_of_its_own, until
 
 BEAT = "ORPHAN_RECOVERY_TARGETS__DEFAULT__HEARTBEAT_SECONDS"
 OFTEN = 1.0
@@ -47,7 +46,7 @@ def own() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def own_template(own: Server) -> Iterator[str]:
-    with _database(own.url) as url:
+    with database_of_its_own(own.url) as url:
         migrate(Target(), database_url(url))
         yield str(make_url(url).database)
 
@@ -56,7 +55,7 @@ def own_template(own: Server) -> Iterator[str]:
 def db(own: Server, own_template: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Restarted]:
     """A database there with the schema and no rows; the environment names it, and the beat."""
     monkeypatch.setenv(BEAT, str(OFTEN))
-    with _database(own.url, own_template) as url, Restarted(url) as database:
+    with database_of_its_own(own.url, own_template) as url, Restarted(url) as database:
         monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", url)
         yield database
 

@@ -20,7 +20,6 @@ import pytest
 from pgqueuer import Queries
 from procrastinate import App, PsycopgConnector
 
-from conftest import _database
 from orphan_recovery import WorkerRun
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.detect import detect
@@ -29,7 +28,7 @@ from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.targets import find_target
-from support import Database, until
+from support import Database, database_of_its_own, until
 
 FOREIGN = Path(__file__).with_name("foreign")
 QUICK = 2
@@ -165,7 +164,7 @@ def scenes(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         environment.setenv("ORPHAN_RECOVERY_CONFIG", str(FOREIGN / "orphan-recovery.toml"))
         dbs: dict[str, Database] = {}
         for name in PACKAGES:
-            url = stack.enter_context(_database(server))
+            url = stack.enter_context(database_of_its_own(server))
             environment.setenv(f"{name.upper()}_DATABASE_URL", url)
             dbs[name] = stack.enter_context(Database(url))
             do(name, dbs[name], "--schema")

@@ -15,7 +15,6 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from conftest import _database
 from orphan_recovery import ConfigurationError, cli
 from orphan_recovery.database import database_url, make_engine, transaction
 from orphan_recovery.doctor import examine
@@ -29,8 +28,8 @@ from orphan_recovery.target import Columns, Rule, Target
 from orphan_recovery.targets import find_target
 from orphan_recovery.words import iso
 from prefect_support import run
-from support import Database, ended_in_the_ledger, until
-from test_sql import a_role, printed, psql, seen_by
+from sql_support import a_role, printed, psql, seen_by
+from support import Database, database_of_its_own, ended_in_the_ledger, until
 
 
 async def sweep(**asked: Any) -> SweepReport:
@@ -789,8 +788,8 @@ def two_targets(
     )
     monkeypatch.setenv("ORPHAN_RECOVERY_CONFIG", str(file))
     with (
-        _database(server, template) as url_1,
-        _database(server, template) as url_2,
+        database_of_its_own(server, template) as url_1,
+        database_of_its_own(server, template) as url_2,
         Database(url_1) as one,
         Database(url_2) as two,
     ):

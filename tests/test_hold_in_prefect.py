@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from conftest import _database
 from orphan_recovery.all_targets_flow import recover_all_targets
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
-from prefect_support import Api, client_of, deploy, flow_run_of, marks, process, run, sweep
-from support import Database, until
+from prefect_support import Api, client_of, deploy, flow_run_of, marks, run, sweep, working
+from support import Database, database_of_its_own, until
 
 YES = {"decision": "mark them crashed", "your_name": "Ada L."}
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -45,24 +44,15 @@ def api(prefect_api: str) -> Iterator[Api]:
 @pytest.fixture(scope="module")
 def shared(server: str, template: str) -> Iterator[Database]:
     """The database that the worker's environment names."""
-    with _database(server, template) as url, Database(url) as database:
+    with database_of_its_own(server, template) as url, Database(url) as database:
         yield database
 
 
 @pytest.fixture(scope="module")
 def worker(api: Api, shared: Database, client: dict[str, str], home: Path) -> Iterator[None]:
     """Executes what is started; no sweep is due but those that a test starts."""
-    deploy(client)
-    scheduled = api.deployment("scheduled")
-    path = f"/deployments/{scheduled['id']}/schedules/{scheduled['schedules'][0]['id']}"
-    api.call("PATCH", path, {"active": False}).raise_for_status()
-    environment = {
-        **client,
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "ORPHAN_RECOVERY_DATABASE_URL": shared.url,
-    }
-    command = ("prefect", "worker", "start", "--pool", "process", "--type", "process")
-    with process(*command, log=home / "worker.log", **environment):
+    deploy(client, scheduled=False)
+    with working(client, home / "worker.log", ORPHAN_RECOVERY_DATABASE_URL=shared.url):
         yield
 
 

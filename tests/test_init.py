@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cli_support import run
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.detect import detect
 from orphan_recovery.recover import run_sweep
@@ -16,7 +17,6 @@ from orphan_recovery.run import WorkerRun
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from support import Database
-from test_cli import run
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from alive.proxy import Proxy
 from alive_support import Beats, Workers, await_end, await_line, row_of
-from conftest import _database
 from lock_support import (
     BEAT,
     KINDS,
@@ -42,7 +41,7 @@ from orphan_recovery.request import SweepRequest
 from orphan_recovery.runs import lock_key
 from orphan_recovery.target import Target
 from orphan_recovery.verdict import Outcome
-from support import Database, until
+from support import Database, database_of_its_own, until
 from tables_support import configure, look, outcome_of, seen
 
 pytestmark = pytest.mark.usefixtures("no_beater_is_left")
@@ -419,7 +418,7 @@ async def test_a_lock_of_the_same_key_in_another_database_is_no_sign_of_life(
     target = with_locks(tmp_path, monkeypatch, "worker", SHORT)
     db.add_run("run")
     key = await key_of(engine, target, "run")
-    with _database(server) as url, psycopg.connect(url, autocommit=True) as elsewhere:
+    with database_of_its_own(server) as url, psycopg.connect(url, autocommit=True) as elsewhere:
         elsewhere.execute("SELECT pg_advisory_lock(%s)", [key])
         assert (await sweep(target)).recovered == 1
     assert marked(db) == ["run"]

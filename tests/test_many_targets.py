@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 from prefect.client.schemas.objects import State
 
-from conftest import _database
 from orphan_recovery import ConfigurationError, recover_orphaned_runs, recover_target
 from orphan_recovery.all_targets_flow import recover_all_targets
 from orphan_recovery.database import database_url
 from prefect_support import Api, client_of, flow_run_of, marks, run, sweep
-from support import free_port
+from support import database_of_its_own, free_port
 from targets_support import BILLING, FLEET, REPORTS, Jobs
 
 MISFIT = BILLING.replace("billing", "misfit").replace('"seen_at"', '"last_beat"')
@@ -36,7 +35,7 @@ def new_database(
     with ExitStack() as stack:
 
         def new(target: str) -> Jobs:
-            url = stack.enter_context(_database(server, jobs))
+            url = stack.enter_context(database_of_its_own(server, jobs))
             monkeypatch.setenv(f"{target.upper()}_DATABASE_URL", url)
             return stack.enter_context(Jobs(url))
 
@@ -223,7 +222,7 @@ def broken(
         environment = dict[str, dict[str, str]]()
         for who in ("flow", "command"):
             for databases in (billing, fleet):
-                url = stack.enter_context(_database(server, jobs))
+                url = stack.enter_context(database_of_its_own(server, jobs))
                 databases[who] = stack.enter_context(Jobs(url))
             billing[who].add_invoice(1)
             fleet[who].add_run("poisoned", age="3 hours")

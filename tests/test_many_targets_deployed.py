@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from conftest import _database
 from prefect_support import ROOT, Api, client_of, deploy, process, run
-from support import until
+from support import database_of_its_own, until
 from targets_support import BILLING, FLEET, Jobs
 
 
@@ -65,7 +64,7 @@ def served(server: str, jobs: str) -> Iterator[dict[str, Jobs]]:
     """The databases of the targets that are served."""
     with ExitStack() as stack:
         yield {
-            name: stack.enter_context(Jobs(stack.enter_context(_database(server, jobs))))
+            name: stack.enter_context(Jobs(stack.enter_context(database_of_its_own(server, jobs))))
             for name in ("default", "billing")
         }
 

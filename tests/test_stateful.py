@@ -26,7 +26,6 @@ from sqlalchemy import literal
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from conftest import _database
 from orphan_recovery import (
     database,
     describe,
@@ -49,7 +48,7 @@ from stateful_deeds import WAITING, Found
 from stateful_machine import Machine
 from stateful_mutations import IN_CODE, IN_DATABASE, TRUTH
 from stateful_world import CLOCK, SESSIONS, SHORT, TOML, UNDISTURBED, World
-from support import Database, until
+from support import Database, database_of_its_own, until
 from tables_support import configure, set_for_all
 
 EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "0"))
@@ -79,7 +78,7 @@ class Place:
 
 @contextmanager
 def _place(server: str, template: str) -> Iterator[Place]:
-    with _database(server, template) as url, asyncio.Runner() as runner:
+    with database_of_its_own(server, template) as url, asyncio.Runner() as runner:
         place = Place(url, runner)
         yield place
         runner.run(place.engine.dispose())

@@ -16,14 +16,14 @@ import pytest
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from cli_support import run
 from orphan_recovery import ConfigurationError
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Elsewhere, Rule, split_table
 from orphan_recovery.targets import find_target, load_targets
-from support import Database, free_port
-from test_cli import run
+from support import Database, database_of_its_own, free_port
 
 EXAMPLE = """
 [targets.billing]
@@ -441,9 +441,7 @@ CREATE TABLE other.tasks (id int PRIMARY KEY);
 @pytest.fixture(scope="module")
 def jobs(server: str) -> Iterator[Database]:
     """A database with tables of somebody's, on which no description here fits."""
-    from conftest import _database
-
-    with _database(server) as url, Database(url) as database:
+    with database_of_its_own(server) as url, Database(url) as database:
         with database.connect(autocommit=True) as owner:
             owner.execute(JOBS.encode())
         yield database

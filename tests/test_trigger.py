@@ -9,9 +9,8 @@ import pytest
 from sqlalchemy import make_url
 
 from alive.proxy import Proxy
-from conftest import _database
-from prefect_support import Api, client_of, deploy, process, run
-from support import Database, free_port, until
+from prefect_support import Api, client_of, deploy, process, run, working
+from support import Database, database_of_its_own, free_port, until
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +35,13 @@ def api(prefect_api: str) -> Iterator[Api]:
 @pytest.fixture(scope="module")
 def deployed(api: Api, client: dict[str, str]) -> None:
     """The deployments are there. No sweep is due, so that each is one that a test started."""
-    deploy(client)
-    scheduled = api.deployment("scheduled")
-    path = f"/deployments/{scheduled['id']}/schedules/{scheduled['schedules'][0]['id']}"
-    api.call("PATCH", path, {"active": False}).raise_for_status()
+    deploy(client, scheduled=False)
 
 
 @pytest.fixture(scope="module")
 def shared(server: str, template: str) -> Iterator[Database]:
     """The database that the worker's environment names."""
-    with _database(server, template) as url, Database(url) as database:
+    with database_of_its_own(server, template) as url, Database(url) as database:
         yield database
 
 
@@ -59,13 +55,7 @@ def database(shared: Database) -> Iterator[Database]:
 
 @pytest.fixture(scope="module")
 def worker(deployed: None, shared: Database, client: dict[str, str], home: Path) -> Iterator[None]:
-    environment = {
-        **client,
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "ORPHAN_RECOVERY_DATABASE_URL": shared.url,
-    }
-    command = ("prefect", "worker", "start", "--pool", "process", "--type", "process")
-    with process(*command, log=home / "worker.log", **environment):
+    with working(client, home / "worker.log", ORPHAN_RECOVERY_DATABASE_URL=shared.url):
         yield
 
 

@@ -3,13 +3,13 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from conftest import _database
 from orphan_recovery import database, turn
 from orphan_recovery.database import database_url, transaction
 from orphan_recovery.lane import enter as enter_lane
@@ -19,7 +19,7 @@ from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.sweep import begin
 from orphan_recovery.target import Target
-from support import Database, ended_in_the_ledger, open_in_the_ledger, until
+from support import Database, database_of_its_own, ended_in_the_ledger, open_in_the_ledger, until
 
 Connection = psycopg.Connection[dict[str, Any]]
 SOON = 5.0
@@ -63,6 +63,22 @@ def questions(
     return asked
 
 
+async def keeps_asking(
+    sweeping: asyncio.Future[SweepReport], asked: list[float], times: int = 3
+) -> None:
+    """Return once it has asked so often again: the last but one of them has been answered."""
+    enough = len(asked) + times
+    await asyncio.to_thread(
+        until, lambda: sweeping.done() or len(asked) >= enough, f"{times} questions more"
+    )
+    assert not sweeping.done(), "it waits for nobody"
+
+
+async def told(caplog: pytest.LogCaptureFixture, event: str) -> None:
+    """Return once the log has that event."""
+    await asyncio.to_thread(until, lambda: event in caplog.messages, event)
+
+
 def close_in_the_ledger(db: Database) -> None:
     """Every sweep that is open there ends."""
     db.do("UPDATE orphan_recovery.sweeps SET ended_at = now(), ended_as = 'completed'")
@@ -74,16 +90,18 @@ def number_of_sweeps(db: Database) -> int:
 
 
 async def test_a_sweep_waits_for_another_and_looks_then(
-    db: Database, other: Connection, caplog: pytest.LogCaptureFixture
+    db: Database,
+    other: Connection,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the other marked meanwhile it does not even see."""
     caplog.set_level("INFO", "orphan_recovery")
+    asked = questions(monkeypatch)
     [orphan] = db.add_orphans(1)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.to_thread(
-        until, lambda: "sweep_waits_for_another" in caplog.messages, "it says that it waits"
-    )
-    await asyncio.sleep(0.5)
+    await keeps_asking(sweeping, asked)
+    assert "sweep_waits_for_another" in caplog.messages
     assert number_of_sweeps(db) == 0
     db.do("UPDATE worker_runs SET status = 'crashed' WHERE id = %s", orphan)
     other.rollback()
@@ -96,17 +114,18 @@ async def test_a_sweep_waits_for_another_and_looks_then(
     "table", ["worker_runs", "public.worker_runs", '"Of the team"."Worker.runs"']
 )
 async def test_who_waits_and_who_works_mean_the_same_lane(
-    db: Database, engine: AsyncEngine, table: str
+    db: Database, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, table: str
 ) -> None:
     """However the table is named: in a schema, on the search path, in quotes."""
+    asked = questions(monkeypatch)
     db.do('CREATE SCHEMA "Of the team"')
     db.do('CREATE TABLE "Of the team"."Worker.runs" (LIKE worker_runs INCLUDING ALL)')
     target = Target(name="of-the-team", table=table)
     async with transaction(engine) as at_work:
         await enter_lane(at_work, target, 1)
         sweeping = asyncio.ensure_future(run_sweep(SweepRequest(asked_by="test", target=target)))
-        await asyncio.sleep(1.0)
-        assert (sweeping.done(), number_of_sweeps(db)) == (False, 0)
+        await keeps_asking(sweeping, asked)
+        assert number_of_sweeps(db) == 0
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
@@ -115,15 +134,18 @@ async def test_it_is_not_deceived_by_the_moment_between_two_slices(
 ) -> None:
     """The ledger has the other as open, so its lanes have to stay free for longer."""
     monkeypatch.setattr(turn, "MOMENT_SECONDS", 1.0)
+    monkeypatch.setattr(turn, "LONGEST_WAIT_SECONDS", 60.0)
+    asked = questions(monkeypatch)
     open_in_the_ledger(db)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(0.5)
-    for _ in range(3):
+    await keeps_asking(sweeping, asked)
+    began = time.monotonic()
+    while time.monotonic() - began < 1.5:  # each time for less than a moment, together for more
         other.rollback()
-        await asyncio.sleep(0.4)  # in which it asks at least once
-        enter(other)
-        await asyncio.sleep(0.2)
-    assert number_of_sweeps(db) == 1
+        await keeps_asking(sweeping, asked, 2)  # and has seen all lanes free
+        await asyncio.to_thread(enter, other)
+        await keeps_asking(sweeping, asked, 2)  # and has seen that they are not
+    assert number_of_sweeps(db) == 1, "the other alone"
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
@@ -133,10 +155,11 @@ async def test_it_goes_on_as_soon_as_the_other_is_closed(
 ) -> None:
     """Also where it came between the other's look and its first slice, and found the lanes free."""
     monkeypatch.setattr(turn, "MOMENT_SECONDS", 60.0)
+    asked = questions(monkeypatch)
     open_in_the_ledger(db)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(0.5)
-    assert number_of_sweeps(db) == 1
+    await keeps_asking(sweeping, asked)
+    assert number_of_sweeps(db) == 1, "the other alone"
     close_in_the_ledger(db)
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
@@ -173,23 +196,20 @@ async def test_a_sweep_does_not_wait_for_itself(
 
 
 async def test_a_second_look_waits_for_its_turn_too(
-    db: Database, caplog: pytest.LogCaptureFixture
+    db: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another may have begun while it waited for whoever lives to beat."""
     caplog.set_level("INFO", "orphan_recovery")
+    asked = questions(monkeypatch)
     dead = db.add_run("dead", beat="2 hours")
     ended_in_the_ledger(db, ago="3 hours")  # none has looked since, so it looks twice
     request = SweepRequest(asked_by="test", target=Target(name="default", heartbeat_seconds=2))
     sweeping = asyncio.ensure_future(run_sweep(request))
-
-    async def told(event: str) -> None:
-        await asyncio.to_thread(until, lambda: event in caplog.messages, event)
-
     with db.connect() as other:
-        await told("sweep_looks_twice")
+        await told(caplog, "sweep_looks_twice")
         enter(other)
-        await told("sweep_waits_for_another")
-        await asyncio.sleep(0.5)
+        await told(caplog, "sweep_waits_for_another")
+        await keeps_asking(sweeping, asked)
         assert db.status(dead) == "running"
         other.rollback()
         report = await asyncio.wait_for(sweeping, SOON)
@@ -219,6 +239,7 @@ async def test_it_looks_by_what_is_so_then_and_not_a_moment_before(
         return seen, False
 
     monkeypatch.setattr(turn, "_wait_for_others", over)
+    asked = questions(monkeypatch)
     with db.connect() as other:
         if what == "open":
             open_in_the_ledger(db)
@@ -226,7 +247,7 @@ async def test_it_looks_by_what_is_so_then_and_not_a_moment_before(
             enter(other)
         before = number_of_sweeps(db)
         sweeping = asyncio.ensure_future(sweep())
-        await asyncio.sleep(0.5)
+        await keeps_asking(sweeping, asked)
         assert number_of_sweeps(db) == before
         other.rollback()
         close_in_the_ledger(db)
@@ -238,10 +259,12 @@ async def test_of_many_that_wait_each_asks_less_often(
 ) -> None:
     """So that fifty leave the server to the one at work."""
     monkeypatch.setattr(turn, "PAUSE_EACH_SECONDS", 0.25)
+    monkeypatch.setattr(turn, "SHARE_AT_THE_END", 1.0)
     asked = questions(monkeypatch)
     sweeping = [asyncio.ensure_future(sweep()) for _ in range(4)]
-    await asyncio.sleep(3.0)
-    assert 8 < len(asked) < 70  # as if each were alone, it would be some 120
+    # Twice each, and then they all know how many they are.
+    await asyncio.to_thread(until, lambda: len(asked) > 8 + 12, "questions")
+    assert asked[8 + 12] - asked[8] > 0.8  # about 1.5 s; as if each were alone, it would be 0.3
     other.rollback()
     reports = await asyncio.wait_for(asyncio.gather(*sweeping), 2 * SOON)
     assert [report.error for report in reports] == [None] * 4
@@ -258,8 +281,10 @@ async def test_however_many_connections_there_are_it_goes_on_soon(
 ) -> None:
     """Workers that beat have connections of the same name, and hundreds of them wait for nobody."""
     monkeypatch.setattr(turn, "PAUSE_EACH_SECONDS", 60.0)
+    asked = questions(monkeypatch)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(0.5)
+    await keeps_asking(sweeping, asked)
+    assert asked[-1] - asked[0] < SOON
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
@@ -269,7 +294,7 @@ async def test_connections_to_other_databases_do_not_count(
 ) -> None:
     """Those of this one do, whatever they are for."""
     about = turn._about(SweepRequest(asked_by="test"))
-    with _database(server) as elsewhere:
+    with database_of_its_own(server) as elsewhere:
         for url, counted in ((elsewhere, 1), (db.url, 2)):
             address = database_url(url).set(drivername="postgresql")
             given = address.render_as_string(hide_password=False)
@@ -280,14 +305,18 @@ async def test_connections_to_other_databases_do_not_count(
 
 
 async def test_nobody_asks_before_the_other_could_be_through(
-    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+    db: Database,
+    other: Connection,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With what it has found, at the best rate."""
+    caplog.set_level("INFO", "orphan_recovery")
     monkeypatch.setattr(turn, "FASTEST", 10)
     open_in_the_ledger(db, detected=20)
     asked = questions(monkeypatch)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(1.0)
+    await told(caplog, "sweep_waits_for_another")
     other.rollback()
     close_in_the_ledger(db)
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
@@ -304,6 +333,7 @@ async def test_of_one_that_the_ledger_names_mostly_its_lanes_alone_are_asked_abo
     """Which costs the server, and who is at work on it, much less than the ledger does."""
     db.do('CREATE SCHEMA "Of the team"')
     db.do('CREATE TABLE "Of the team"."Worker.runs" (LIKE worker_runs INCLUDING ALL)')
+    monkeypatch.setattr(turn, "LONGEST_WAIT_SECONDS", 60.0)
     target = Target(name="of-the-team", table=table)
     open_in_the_ledger(db, target.name)
     of_the_ledger = questions(monkeypatch, ("_ask",))
@@ -312,9 +342,9 @@ async def test_of_one_that_the_ledger_names_mostly_its_lanes_alone_are_asked_abo
         for lane in range(2):
             await enter_lane(at_work, target, lane)
         sweeping = asyncio.ensure_future(run_sweep(SweepRequest(asked_by="test", target=target)))
-        await asyncio.sleep(2.5)
-        assert len(of_the_ledger) <= 3
-        assert len(of_the_lanes) >= 6
+        await keeps_asking(sweeping, of_the_lanes, 12)
+        lasted = of_the_lanes[-1] - of_the_ledger[0]
+        assert len(of_the_ledger) <= 1 + lasted / turn.LEDGER_SECONDS
         close_in_the_ledger(db)
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
@@ -327,12 +357,11 @@ async def test_what_the_other_has_found_is_learned_soon_after_its_look(
     monkeypatch.setattr(turn, "LEDGER_SECONDS", 60.0)
     asked = questions(monkeypatch)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(0.5)
-    open_in_the_ledger(db, detected=30)
-    await asyncio.sleep(0.5)
+    await keeps_asking(sweeping, asked)
+    open_in_the_ledger(db, detected=20)
     so_far = len(asked)
-    await asyncio.sleep(1.5)
-    assert len(asked) == so_far
+    await keeps_asking(sweeping, asked, 2)
+    assert asked[so_far + 1] - asked[0] >= 1.9  # the one before it learned that
     other.rollback()
     close_in_the_ledger(db)
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
@@ -343,9 +372,11 @@ async def test_that_all_lanes_are_free_is_seen_at_once(
 ) -> None:
     """However rarely the ledger is asked."""
     monkeypatch.setattr(turn, "LEDGER_SECONDS", 60.0)
+    monkeypatch.setattr(turn, "MOMENT_SECONDS", 60.0)
+    asked = questions(monkeypatch)
     open_in_the_ledger(db)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(0.5)
+    await keeps_asking(sweeping, asked)
     close_in_the_ledger(db)
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
@@ -369,12 +400,17 @@ async def test_it_asks_more_often_while_the_other_leaves_its_lanes(
     monkeypatch.setattr(turn, "MOMENT_SECONDS", 1.0)
     asked = questions(monkeypatch)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(3.5)
-    other.rollback()
-    assert (await asyncio.wait_for(sweeping, SOON)).error is None
+
+    def afterwards() -> list[float]:
+        """Half a second late, for the moment began when the first question was answered."""
+        return [when for when in asked if when - asked[0] > 1.5]
+
+    await asyncio.to_thread(until, lambda: len(afterwards()) >= 2, "questions after the moment")
     at_first = sum(when - asked[0] < 1.0 for when in asked)
     assert at_first > 6, asked
-    assert len(asked) - at_first < 8, asked
+    assert min(later - when for when, later in pairwise(afterwards())) > 0.45, asked
+    other.rollback()
+    assert (await asyncio.wait_for(sweeping, SOON)).error is None
 
 
 async def test_it_waits_for_a_while_and_no_longer(
@@ -390,29 +426,45 @@ async def test_it_waits_for_a_while_and_no_longer(
 
 
 async def test_a_ledger_that_somebody_locks_keeps_no_sweep_waiting_for_longer(
-    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+    db: Database,
+    other: Connection,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Such as a VACUUM FULL: who waits asks by statements that no time-out of ours would end."""
+    caplog.set_level("INFO", "orphan_recovery")
     monkeypatch.setattr(turn, "LONGEST_WAIT_SECONDS", 1.0)
     monkeypatch.setattr(database, "LOCK_TIMEOUT_MS", 100)
     monkeypatch.setattr(RetryPlan, "delay", lambda _self, retry: 0.01 * retry)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(0.5)
+    await told(caplog, "sweep_waits_for_another")
     other.execute("LOCK TABLE orphan_recovery.sweeps IN ACCESS EXCLUSIVE MODE")
     report = await asyncio.wait_for(sweeping, 2 * SOON)
     assert "lock timeout" in (report.error or "")
 
 
-async def test_who_waits_holds_up_nobody(db: Database, other: Connection) -> None:
+async def test_who_waits_holds_up_nobody(
+    db: Database, other: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It holds nothing while it waits: no lane, and no snapshot that would hold back a vacuum."""
+    asked = questions(monkeypatch)
     sweeping = asyncio.ensure_future(sweep())
-    await asyncio.sleep(0.5)
-    held = db.do(
-        "SELECT backend_xmin, (SELECT count(*) FROM pg_locks WHERE pg_locks.pid = activity.pid"
-        " AND locktype = 'advisory') AS locks FROM pg_stat_activity AS activity"
-        " WHERE application_name = 'orphan-recovery' AND state <> 'active'"
-        " AND datname = current_database()"
-    )
+    await keeps_asking(sweeping, asked)
+    held = list[dict[str, Any]]()
+
+    def seen_between_questions() -> bool:
+        held.extend(
+            db.do(
+                "SELECT backend_xmin, (SELECT count(*) FROM pg_locks"
+                " WHERE pg_locks.pid = activity.pid AND locktype = 'advisory') AS locks"
+                " FROM pg_stat_activity AS activity"
+                " WHERE application_name = 'orphan-recovery' AND state <> 'active'"
+                " AND datname = current_database()"
+            )
+        )
+        return len(held) >= 5
+
+    await asyncio.to_thread(until, seen_between_questions, "its session to be idle")
     assert {(row["backend_xmin"], row["locks"]) for row in held} == {(None, 0)}
     other.rollback()
     assert (await asyncio.wait_for(sweeping, SOON)).error is None
