@@ -46,6 +46,9 @@ class ColumnFacts:
     is_domain: bool
     is_generated: bool
     is_nullable: bool = True
+    """Whether a row may have NULL there: one of before may, where NOT NULL is NOT VALID."""
+    refuses_null: bool = False
+    """Whether NULL cannot be written to it."""
 
     @property
     def is_time(self) -> bool:
@@ -118,21 +121,42 @@ _RELATION: Final = text(
            -- A heap has one ctid a row (column -1); a table with children, one a row in each.
            NOT c.relhassubclass AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'heap')
                AND has_column_privilege(c.oid, (-1)::smallint, 'SELECT') AS shows_places,
-           row_security_active(c.oid) AND NOT (
-               SELECT coalesce(bool_or(p.polpermissive AND p.shows_all), false)
-                      AND coalesce(bool_and(p.shows_all OR p.polpermissive), true)
-               FROM (SELECT polpermissive, pg_get_expr(polqual, polrelid) = 'true' AS shows_all
-                     FROM pg_policy
-                     WHERE polrelid = c.oid AND polcmd IN ('r', '*') AND EXISTS (
-                         SELECT FROM unnest(polroles) AS member (role)
-                         WHERE role = 0 OR pg_has_role(role, 'USAGE'))) AS p) AS hides_rows,
+           -- The rows of a view are those of what is below it, down to the tables, each as it is
+           -- shown to who is asked: by a view its owner, with security_invoker whoever reads.
+           (WITH RECURSIVE below AS (
+                SELECT c.oid, me.oid AS who FROM pg_roles AS me WHERE me.rolname = current_user
+                UNION
+                SELECT d.refobjid, CASE WHEN (SELECT option_value::boolean
+                                              FROM pg_options_to_table(v.reloptions)
+                                              WHERE option_name = 'security_invoker')
+                                        THEN me.oid ELSE v.relowner END
+                FROM below JOIN pg_class v ON v.oid = below.oid AND v.relkind = 'v'
+                JOIN pg_roles me ON me.rolname = current_user
+                JOIN pg_rewrite r ON r.ev_class = v.oid AND r.ev_type = '1'  -- SELECT
+                JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+                    AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid
+            )
+            SELECT bool_or(t.relrowsecurity AND NOT (role.rolsuper OR role.rolbypassrls)
+                           AND (t.relforcerowsecurity OR NOT pg_has_role(who, t.relowner, 'USAGE'))
+                           AND NOT (
+                SELECT coalesce(bool_or(p.polpermissive AND p.shows_all), false)
+                       AND coalesce(bool_and(p.shows_all OR p.polpermissive), true)
+                FROM (SELECT polpermissive, pg_get_expr(polqual, polrelid) = 'true' AS shows_all
+                      FROM pg_policy
+                      WHERE polrelid = t.oid AND polcmd IN ('r', '*') AND EXISTS (
+                          SELECT FROM unnest(polroles) AS member (role)
+                          WHERE role = 0 OR pg_has_role(who, role, 'USAGE'))) AS p))
+            FROM below JOIN pg_class t ON t.oid = below.oid JOIN pg_roles role ON role.oid = who
+           ) AS hides_rows,
            {_STAMP} AS stamp,
            (SELECT coalesce(jsonb_agg(
                        jsonb_build_array(a.attname, pg_get_expr(k.conbin, k.conrelid))
                        ORDER BY k.conname), '[]')
             FROM pg_constraint k
             JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
-            WHERE k.conrelid = c.oid AND k.contype = 'c' AND cardinality(k.conkey) = 1) AS checks,
+            WHERE k.conrelid = c.oid AND k.contype = 'c' AND cardinality(k.conkey) = 1
+              -- Before Postgres 18 there is no such column, and each is enforced.
+              AND to_jsonb(k)->>'conenforced' IS DISTINCT FROM 'false') AS checks,
            (SELECT coalesce(jsonb_agg(
                        (SELECT jsonb_agg(a.attname) FROM pg_attribute a
                         WHERE a.attrelid = c.oid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))
@@ -140,7 +164,8 @@ _RELATION: Final = text(
             FROM pg_index i
             WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
               AND i.indexprs IS NULL AND NOT EXISTS (
-                  SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attnotnull
+                  SELECT FROM pg_attribute a WHERE a.attrelid = c.oid
+                  AND (NOT a.attnotnull OR a.attnum = ANY (unsure.attnums))
                   AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))) AS unique_sets,
            (WITH RECURSIVE layer AS (
                 SELECT a.attnum, a.attname, a.attgenerated, a.attnotnull, a.atttypmod AS typmod,
@@ -162,13 +187,19 @@ _RELATION: Final = text(
             SELECT coalesce(jsonb_agg(jsonb_build_object(
                 'name', attname, 'declared', declared, 'cast_name', cast_name, 'kind', typname,
                 'category', typcategory, 'is_domain', depth > 0, 'is_generated', attgenerated <> '',
-                'is_nullable', NOT attnotnull,
+                'is_nullable', NOT attnotnull OR attnum = ANY (unsure.attnums),
+                'refuses_null', attnotnull,
                 'length', CASE WHEN typname IN ('varchar', 'bpchar') AND typmod > 4
                                THEN typmod - 4 END,
                 'labels', ARRAY(SELECT e.enumlabel FROM pg_enum e WHERE e.enumtypid = type_oid
                                 ORDER BY e.enumsortorder)) ORDER BY attnum), '[]')
             FROM layer WHERE typtype <> 'd') AS columns
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    -- NOT NULL only for rows to come (NOT VALID), or not for those of child tables.
+    CROSS JOIN LATERAL (SELECT ARRAY(
+        SELECT k.conkey[1] FROM pg_constraint k
+        WHERE k.conrelid = c.oid AND k.contype = 'n'
+          AND (NOT k.convalidated OR k.connoinherit AND c.relhassubclass))) AS unsure (attnums)
     WHERE c.oid = {_NAMED}
     """  # noqa: S608 - of constants
 )

@@ -91,7 +91,10 @@ async def look_at_privileges(asked: Examined) -> list[Finding]:
         for what, kept in table.elsewhere.items()
         if kept.relation.hides_rows
     ]
-    way_out = "give the role a policy that shows it every row (USING (true)), or BYPASSRLS"
+    way_out = (
+        "give the role (below a view without security_invoker, the view's owner) a policy that "
+        "shows it every row (USING (true)), or BYPASSRLS"
+    )
     found += [
         Finding(
             Level.FAILURE,
