@@ -13,7 +13,7 @@ from typing import Any, Final, LiteralString
 from psycopg import sql
 from sqlalchemy import Connection, text
 
-from orphan_recovery.catalog import Relation
+from orphan_recovery.catalog import Relation, look_up
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
@@ -291,6 +291,7 @@ def _build(
     note = f"orphan-recovery {hashlib.sha256(definition.as_string(None).encode()).hexdigest()[:16]}"
     whole_index = _index_of(connection, relation.oid, name, None)
     follows = whole_index is None or whole_index.note in (None, note)  # none: made by hand
+    stays = follows and whole_index is not None and (whole_index.is_valid or relation.kind == "p")
     if not follows:
         how = "" if relation.kind == "p" else "CONCURRENTLY "
         build.append(_sql(f"DROP INDEX {how}{{}}", _qualified(relation.schema, name)))
@@ -298,6 +299,8 @@ def _build(
         up = None if part["oid"] == relation.oid else index[part["up"]]
         own = _fitted(part["name"], f"_{what}")
         there = _index_of(connection, part["oid"], own, None if up is None else up.oid)
+        if there is None:
+            _refuse_anothers_name(connection, relation, part["schema"], own)
         if not follows:
             there = None
         if there is not None and there.is_attached:
@@ -310,6 +313,8 @@ def _build(
             how = "CONCURRENTLY {} ON {} {}" if part["isleaf"] else "{} ON ONLY {} {}"
             table = sql.Identifier(part["schema"], part["name"])
             build.append(_sql(f"CREATE INDEX {how}", sql.Identifier(own), table, definition))
+        if up is None and (not stays or (there and not there.is_valid and there.note is None)):
+            build.append(_sql("COMMENT ON INDEX {} IS {}", _qualified(part["schema"], own), note))
         if up is not None:
             attach.append(
                 _sql(
@@ -319,11 +324,19 @@ def _build(
                 )
             )
         index[part["oid"]] = there or _Index(None, part["schema"], own, False, False, None)
-    noted: list[sql.Composed] = []
-    if whole_index is None or not follows:
-        comment = _sql("COMMENT ON INDEX {} IS {}", _qualified(relation.schema, name), note)
-        noted.append(comment)
-    return build + attach[::-1] + noted
+    return build + attach[::-1]
+
+
+def _refuse_anothers_name(
+    connection: Connection, relation: Relation, schema: str, name: str
+) -> None:
+    """What has the index's name and is none of the table's would fail the build, half way."""
+    if found := look_up(connection, schema, name):
+        raise ConfigurationError(
+            f"table {relation.name!r} needs an index {name!r}, but schema {schema!r} has "
+            f"another {found.what} of that name: rename it, or build an index yourself and set "
+            "index = false for the target; then run this again"
+        )
 
 
 @dataclass(frozen=True, slots=True)
