@@ -182,6 +182,11 @@ class RunsTable:
             return cast(null(), _AWARE_OR_NULL)
         return as_utc(self.table.c[role], self.facts[role])
 
+    def shown(self, role: str) -> ColumnElement[datetime | None]:
+        """A time for people; NULL where Python cannot hold it, ``infinity`` among them."""
+        instant = self.utc(role)
+        return case((instant < literal_column("timestamptz '9999-12-31 00:00+00'"), instant))
+
     def stored(self, role: str, instant: ColumnElement[datetime]) -> ColumnElement[datetime]:
         """An instant as the column stores it: itself, or naive UTC."""
         return stored(instant, self.facts[role])
