@@ -45,6 +45,8 @@ class ColumnFacts:
     """An enum's values; empty for every other type."""
     is_domain: bool
     is_generated: bool
+    schema: str = "pg_catalog"
+    """Where the type is, for which a role needs USAGE to name it."""
     is_nullable: bool = True
     """Whether a row may have NULL there: one of before may, where NOT NULL is NOT VALID."""
     refuses_null: bool = False
@@ -170,22 +172,22 @@ _RELATION: Final = text(
            (WITH RECURSIVE layer AS (
                 SELECT a.attnum, a.attname, a.attgenerated, a.attnotnull, a.atttypmod AS typmod,
                        0 AS depth, format_type(a.atttypid, a.atttypmod) AS declared,
-                       (SELECT format('%I.%I', n.nspname, o.typname)
-                        FROM pg_type o JOIN pg_namespace n ON n.oid = o.typnamespace
-                        WHERE o.oid = a.atttypid) AS cast_name,
+                       format('%I.%I', s.nspname, t.typname) AS cast_name, s.nspname AS schema,
                        t.oid AS type_oid, t.typname, t.typtype, t.typbasetype, t.typtypmod,
                        t.typcategory
                 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                JOIN pg_namespace s ON s.oid = t.typnamespace
                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
                 UNION ALL
                 SELECT l.attnum, l.attname, l.attgenerated, l.attnotnull, l.typtypmod,
-                       l.depth + 1, l.declared, l.cast_name, t.oid, t.typname, t.typtype,
+                       l.depth + 1, l.declared, l.cast_name, l.schema, t.oid, t.typname, t.typtype,
                        t.typbasetype, t.typtypmod, t.typcategory
                 FROM layer l JOIN pg_type t ON t.oid = l.typbasetype
                 WHERE l.typtype = 'd'
             )
             SELECT coalesce(jsonb_agg(jsonb_build_object(
-                'name', attname, 'declared', declared, 'cast_name', cast_name, 'kind', typname,
+                'name', attname, 'declared', declared, 'cast_name', cast_name,
+                'schema', schema, 'kind', typname,
                 'category', typcategory, 'is_domain', depth > 0, 'is_generated', attgenerated <> '',
                 'is_nullable', NOT attnotnull OR attnum = ANY (unsure.attnums),
                 'refuses_null', attnotnull,

@@ -6,8 +6,10 @@ statements that `migrate` executes.
 
 from sqlalchemy import Connection, func, select
 
-from orphan_recovery.ddl import changes, role_statements, worker_statements
+from orphan_recovery.common import others_name_it
+from orphan_recovery.ddl import changes
 from orphan_recovery.describe import describe_runs
+from orphan_recovery.grants import role_statements, worker_statements
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.migrate import VERSION_TABLE, default_table, ledger_sql, revisions
 from orphan_recovery.target import Target
@@ -57,10 +59,11 @@ def as_sql(
         parts.append(f"-- {_line(change.why[0].upper() + change.why[1:])}{alone}.")
         parts += [f"{statement.as_string(None)};" for statement in change.statements]
         parts.append("")
+    granted = role_statements(runs, role, database, is_shared=others_name_it(connection, runs))
     parts += [
         "-- A role that may do what a sweep does, and nothing else. It has no password yet.",
         "BEGIN;",
-        *(f"{statement.as_string(None)};" for statement in role_statements(runs, role, database)),
+        *(f"{statement.as_string(None)};" for statement in granted),
         "COMMIT;",
     ]
     if worker_role is not None:
