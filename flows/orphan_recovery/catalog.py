@@ -117,39 +117,49 @@ _NAMED: Final = """
                      ELSE format('%I.%I', CAST(:schema AS text), CAST(:name AS text)) END)
 """
 _STAMPED: Final = text(f"SELECT {_STAMP} FROM pg_class AS c WHERE c.oid = {_NAMED}")  # noqa: S608
+
+
+def _shows_all(table: str, who: str) -> str:
+    """Whether row security's policies, where it is active, show a role every row all the same."""
+    return f"""(
+        SELECT coalesce(bool_or(p.polpermissive AND p.shows_all), false)
+               AND coalesce(bool_and(p.shows_all OR p.polpermissive), true)
+        FROM (SELECT polpermissive, pg_get_expr(polqual, polrelid) = 'true' AS shows_all
+              FROM pg_policy
+              WHERE polrelid = {table} AND polcmd IN ('r', '*') AND EXISTS (
+                  SELECT FROM unnest(polroles) AS member (role)
+                  WHERE role = 0 OR pg_has_role({who}, role, 'USAGE'))) AS p)"""  # noqa: S608
+
+
+_HIDES_BELOW: Final = text(
+    f"""
+    WITH RECURSIVE me AS (SELECT oid FROM pg_roles WHERE rolname = current_user),
+    -- Who is asked for what is below: by a view its owner, with security_invoker whoever reads.
+    below AS (
+        SELECT CAST(:view AS oid) AS oid, me.oid AS who FROM me
+        UNION
+        SELECT d.refobjid, CASE WHEN (SELECT option_value::boolean
+                                      FROM pg_options_to_table(v.reloptions)
+                                      WHERE option_name = 'security_invoker')
+                                THEN me.oid ELSE v.relowner END
+        FROM me, below JOIN pg_class v ON v.oid = below.oid AND v.relkind = 'v'
+        JOIN pg_rewrite r ON r.ev_class = v.oid AND r.ev_type = '1'  -- SELECT
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid
+    )
+    SELECT bool_or(t.relrowsecurity AND NOT (role.rolsuper OR role.rolbypassrls)
+                   AND (t.relforcerowsecurity OR NOT pg_has_role(who, t.relowner, 'USAGE'))
+                   AND NOT {_shows_all("t.oid", "who")})
+    FROM below JOIN pg_class t ON t.oid = below.oid JOIN pg_roles role ON role.oid = who
+    """  # noqa: S608 - of constants
+)
 _RELATION: Final = text(
     f"""
     SELECT c.oid, n.nspname, c.relname, c.relkind::text AS kind,
            -- A heap has one ctid a row (column -1); a table with children, one a row in each.
            NOT c.relhassubclass AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'heap')
                AND has_column_privilege(c.oid, (-1)::smallint, 'SELECT') AS shows_places,
-           -- The rows of a view are those of what is below it, down to the tables, each as it is
-           -- shown to who is asked: by a view its owner, with security_invoker whoever reads.
-           (WITH RECURSIVE below AS (
-                SELECT c.oid, me.oid AS who FROM pg_roles AS me WHERE me.rolname = current_user
-                UNION
-                SELECT d.refobjid, CASE WHEN (SELECT option_value::boolean
-                                              FROM pg_options_to_table(v.reloptions)
-                                              WHERE option_name = 'security_invoker')
-                                        THEN me.oid ELSE v.relowner END
-                FROM below JOIN pg_class v ON v.oid = below.oid AND v.relkind = 'v'
-                JOIN pg_roles me ON me.rolname = current_user
-                JOIN pg_rewrite r ON r.ev_class = v.oid AND r.ev_type = '1'  -- SELECT
-                JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
-                    AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid
-            )
-            SELECT bool_or(t.relrowsecurity AND NOT (role.rolsuper OR role.rolbypassrls)
-                           AND (t.relforcerowsecurity OR NOT pg_has_role(who, t.relowner, 'USAGE'))
-                           AND NOT (
-                SELECT coalesce(bool_or(p.polpermissive AND p.shows_all), false)
-                       AND coalesce(bool_and(p.shows_all OR p.polpermissive), true)
-                FROM (SELECT polpermissive, pg_get_expr(polqual, polrelid) = 'true' AS shows_all
-                      FROM pg_policy
-                      WHERE polrelid = t.oid AND polcmd IN ('r', '*') AND EXISTS (
-                          SELECT FROM unnest(polroles) AS member (role)
-                          WHERE role = 0 OR pg_has_role(who, role, 'USAGE'))) AS p))
-            FROM below JOIN pg_class t ON t.oid = below.oid JOIN pg_roles role ON role.oid = who
-           ) AS hides_rows,
+           row_security_active(c.oid) AND NOT {_shows_all("c.oid", "current_user")} AS hides_rows,
            {_STAMP} AS stamp,
            (SELECT coalesce(jsonb_agg(
                        jsonb_build_array(a.attname, pg_get_expr(k.conbin, k.conrelid))
@@ -216,6 +226,9 @@ def look_up(connection: Connection, schema: str | None, name: str) -> Relation |
     found = connection.execute(_RELATION, {"schema": schema, "name": name}).mappings().one_or_none()
     if found is None:
         return None
+    hides_rows: bool = found["hides_rows"]
+    if found["kind"] == "v":  # it has no row security of its own, and what is below it may
+        hides_rows = connection.scalar(_HIDES_BELOW, {"view": found["oid"]})
     checks: dict[str, tuple[str, ...]] = {}
     for column, condition in found["checks"]:
         checks[column] = (*checks.get(column, ()), condition)
@@ -231,7 +244,7 @@ def look_up(connection: Connection, schema: str | None, name: str) -> Relation |
         unique=tuple(frozenset(columns) for columns in found["unique_sets"] if columns),
         checks=checks,
         shows_places=found["shows_places"],
-        hides_rows=found["hides_rows"],
+        hides_rows=hides_rows,
         stamp=found["stamp"],
     )
 
