@@ -64,3 +64,10 @@ def seen_by(db: Database, name: str) -> Iterator[Database]:
     url = make_url(db.url).set(username=name, password=password)
     with Database(url.render_as_string(hide_password=False)) as seen:
         yield seen
+
+
+def make(db: Database, statements: str) -> None:
+    """Execute statements that end with ``;;``, as the owner."""
+    with db.connect(autocommit=True) as owner:
+        for statement in statements.split(";;"):
+            owner.execute(statement.encode())

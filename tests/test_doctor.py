@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from sqlalchemy import make_url
 
@@ -17,6 +19,7 @@ from orphan_recovery.finding import Finding, Level
 from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schedule import look_up_schedule
 from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from prefect_support import Api, client_of, deploy
 from support import Database, free_port
@@ -101,7 +104,7 @@ def contents(db: Database) -> list[dict[str, Any]]:
 
 
 async def test_where_all_is_well_each_line_says_so(
-    prefect: str, well: Database, tmp_path: Path
+    prefect: str, well: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = Api(prefect)
     api.forget_deployments()
@@ -123,6 +126,12 @@ async def test_where_all_is_well_each_line_says_so(
         done = run("doctor")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.endswith("14 ok, 0 warning, 0 failure\n")
+
+        # However few of them the API gives at once.
+        asked = partialmethod(SyncPrefectClient.read_deployments, limit=1)
+        with monkeypatch.context() as few, temporary_settings({PREFECT_API_URL: prefect}):
+            few.setattr(SyncPrefectClient, "read_deployments", asked)
+            assert look_up_schedule(Target()).told == told["Prefect"]
 
         # Each ailment of the schedule, from here on.
         scheduled = api.deployment("scheduled")

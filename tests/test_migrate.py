@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from orphan_recovery.migrate import Migration, migrate, newest_revisions, unmigr
 from orphan_recovery.target import Target
 from sql_support import a_role, seen_by
 from support import Database
-from tables_support import do
+from tables_support import do, set_for_all
 
 COLUMNS = {
     *("id", "tenant_id", "worker_id", "task", "input_json", "status", "success", "error"),
@@ -220,6 +221,16 @@ def test_a_missing_created_at_is_added_for_new_rows_and_not_made_up_for_old_ones
         ("CREATE TABLE worker_runs (id text, state text)", "no column status"),
         ("CREATE VIEW worker_runs AS SELECT 'x' AS id, 'y' AS status", "not an ordinary table"),
         ("CREATE TABLE worker_runs (id text, status text)", "ADD PRIMARY KEY"),
+        ("CREATE TABLE worker_runs (id text UNIQUE, status text)", "ADD PRIMARY KEY"),
+        (
+            "CREATE TABLE worker_runs (id text PRIMARY KEY, status text, created_at bigint)",
+            "created_at: column 'created_at' .* is bigint: a time must be",
+        ),
+        (
+            "CREATE TABLE worker_runs (id text PRIMARY KEY, status text);"
+            "CREATE VIEW worker_runs_in_flight AS SELECT FROM worker_runs",
+            "needs an index 'worker_runs_in_flight', but schema 'public' has another view",
+        ),
         (
             "CREATE TYPE s AS ENUM ('queued', 'running', 'done');"
             "CREATE TABLE worker_runs (id text PRIMARY KEY, status s)",
@@ -314,3 +325,39 @@ def test_an_interrupted_index_build_is_repeated(blank: Database) -> None:
     assert blank.one(invalid) is True
     migrate()
     assert blank.one(invalid) is False
+    name = blank.one("SELECT obj_description('worker_runs_in_flight'::regclass, 'pg_class')")
+    assert name.startswith("orphan-recovery "), "else it would pass for one made by hand"
+    assert migrate().done == ()
+
+
+def test_time_outs_of_the_database_end_no_index_build(db: Database) -> None:
+    db.do("DROP INDEX worker_runs_in_flight")
+    results: list[object] = []
+
+    def build() -> None:
+        try:
+            results.append(migrate().done)
+        except Exception as error:
+            results.append(error)
+
+    with db.connect() as busy:
+        busy.execute("INSERT INTO worker_runs (id) VALUES ('new')")
+        set_for_all(db, "statement_timeout = '200ms'")
+        if db.one("SELECT current_setting('server_version_num')::int") >= 170_000:
+            set_for_all(db, "transaction_timeout = '200ms'")
+        thread = threading.Thread(target=build)
+        thread.start()
+        db.await_lock_wait()
+        time.sleep(0.4)
+    thread.join()
+    assert results == [("an index that serves detection: worker_runs_in_flight",)]
+
+
+@pytest.mark.parametrize("command", ["migrate", "sql"])
+def test_a_role_that_has_another_encoding_reads_the_catalogue_all_the_same(
+    blank: Database, command: str
+) -> None:
+    set_for_all(blank, "client_encoding = 'SQL_ASCII'")
+    blank.do("CREATE TABLE worker_runs (id text PRIMARY KEY, status text)")
+    done = run(command, ORPHAN_RECOVERY_DATABASE_URL=blank.url)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -113,6 +113,27 @@ async def test_the_runs_of_a_twin_that_beats_are_left_alone(
     until(lambda: "check twin's: well" in child.output, "that it is well")
 
 
+@pytest.mark.parametrize("beats", [False, True], ids=["before", "after"])
+async def test_with_worker_heartbeats_it_has_to_come_before_the_first_beat(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    """Afterwards the name is alive, and nobody can tell it from a twin of that name."""
+    more = "worker_heartbeat = { table = 'workers', key = 'id', run_key = 'worker_id', "
+    with_beats(tmp_path, monkeypatch, f"{more}last_seen = 'seen' }}\n")
+    db.do("CREATE TABLE workers (id text PRIMARY KEY, seen timestamptz)")
+    db.do("INSERT INTO workers VALUES ('worker-1', now() - interval '1 minute')")
+    db.add_run("former")
+
+    async def beat() -> None:
+        while beats:
+            db.do("UPDATE workers SET seen = clock_timestamp()")
+            await asyncio.sleep(SETTLE / 10)
+
+    task = asyncio.create_task(beat())
+    assert (await recover())["recovered"] == (0 if beats else 1)
+    task.cancel()
+
+
 async def test_a_twin_that_was_silent_until_now_has_the_settle_time_to_beat(
     db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,51 @@ async def test_a_policy_that_shows_every_row_is_no_doubt(
     assert blank.one("SELECT question IS NOT NULL FROM orphan_recovery.sweeps")
 
 
+VIEWS: dict[str, tuple[LiteralString, ...]] = {
+    "of whoever reads": ("CREATE VIEW seen_by WITH (security_invoker = on) AS SELECT * FROM base",),
+    "of whoever reads, by another": (
+        "CREATE VIEW within WITH (security_invoker) AS SELECT * FROM base",
+        "CREATE VIEW seen_by AS SELECT * FROM within",
+    ),
+    "of an owner that is shown as little": (
+        "CREATE VIEW seen_by AS SELECT * FROM base",
+        "ALTER TABLE base FORCE ROW LEVEL SECURITY",
+        "ALTER VIEW seen_by OWNER TO {who}",
+    ),
+}
+
+
+@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
+async def test_what_is_hidden_below_a_view_is_hidden(
+    blank: Database, target: Target, views: tuple[LiteralString, ...]
+) -> None:
+    through_a_view(blank, *views)
+    with pytest.raises(ConfigurationError, match="of which row security may hide rows"):
+        await sweep(target)
+    [line] = [f for f in await examine(target) if f.about == "privileges" and f.level != "ok"]
+    assert "row security may hide rows of workers" in line.told
+    assert statuses(blank) == {"live": "running", "orphan": "running"}
+
+
+async def test_a_view_whose_owner_sees_every_row_shows_every_row(
+    blank: Database, target: Target
+) -> None:
+    through_a_view(blank, "CREATE VIEW seen_by AS SELECT * FROM base")
+    assert (await sweep(target)).recovered == 1
+    assert statuses(blank) == {"live": "running", "orphan": "crashed"}
+
+
+def through_a_view(db: Database, *views: LiteralString) -> None:
+    """From now on the workers' beats are read through a view of their table."""
+    who = sql.Identifier(f"sweeper-{make_url(db.url).database}")
+    db.do("ALTER TABLE workers RENAME TO base")
+    secure(db, "base", OF_A_TENANT)
+    for view in views:
+        do(db, sql.SQL(view).format(who=who))
+    db.do("ALTER VIEW seen_by RENAME TO workers")
+    do(db, sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}").format(who))
+
+
 async def test_runs_that_may_be_hidden_are_told_of(blank: Database, target: Target) -> None:
     secure(blank, "jobs", OF_A_TENANT)
     report = await sweep(target)

@@ -110,11 +110,18 @@ def test_what_the_server_says_is_one_line_without_a_pointer_to_nothing(db: Datab
         'UndefinedColumn: column "worker" does not exist HINT: Perhaps you meant to reference the '
         'column "worker_runs.worker_id". (SQLSTATE 42703)'
     )
+
+
+def test_a_row_that_the_server_shows_in_detail_is_not_shown(db: Database) -> None:
     with pytest.raises(psycopg.Error) as detailed:
-        db.do("INSERT INTO worker_runs (id) VALUES ('^'), ('^')")
+        db.do(
+            "INSERT INTO worker_runs (id, status, input_json) VALUES ('run', 'no such', %s)",
+            '{"card": "S3cret"}',
+        )
+    assert "S3cret" in str(detailed.value)
     assert describe(detailed.value) == (
-        'UniqueViolation: duplicate key value violates unique constraint "worker_runs_pkey" '
-        "DETAIL: Key (id)=(^) already exists. (SQLSTATE 23505)"
+        'CheckViolation: new row for relation "worker_runs" violates check constraint '
+        '"worker_runs_status_check" (SQLSTATE 23514)'
     )
 
 

@@ -23,7 +23,7 @@ from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Columns, Elsewhere, Target
-from sql_support import a_role, printed, psql, seen_by
+from sql_support import a_role, make, printed, psql, seen_by
 from support import Database, database_of_its_own
 
 
@@ -58,12 +58,6 @@ def shape(db: Database) -> list[dict[str, Any]]:
 
 def revisions(db: Database) -> list[dict[str, Any]]:
     return db.do("SELECT version_num FROM orphan_recovery.schema_version ORDER BY 1")
-
-
-def make(db: Database, statements: str) -> None:
-    with db.connect(autocommit=True) as owner:
-        for statement in statements.split(";;"):
-            owner.execute(statement.encode())
 
 
 PLAIN = """

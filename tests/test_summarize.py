@@ -1,12 +1,14 @@
 """The dashboard's summary."""
 
 import json
+from pathlib import Path
 
 import pytest
 from sqlalchemy.exc import DBAPIError
 
 from orphan_recovery import get_crash_recovery_summary, recover_orphaned_runs
 from support import Database, free_port
+from tables_support import configure
 
 
 async def test_the_newest_ten_crashes_come_newest_first(db: Database) -> None:
@@ -43,6 +45,21 @@ async def test_a_crash_without_a_time_comes_last(db: Database) -> None:
         ("orphan", False),
         ("no-time", True),
     ]
+
+
+@pytest.mark.parametrize("crashed", ["crashed", "failed"], ids=["by rows", "by the ledger"])
+async def test_a_time_that_no_clock_reaches_is_told_as_none(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crashed: str
+) -> None:
+    described = f"[targets.default]\ncrashed = '{crashed}'\nterminal = ['{crashed}']\n"
+    configure(tmp_path, monkeypatch, described, "default")
+    db.add_run("orphan")
+    await recover_orphaned_runs()
+    db.do("ALTER TABLE worker_runs DISABLE TRIGGER USER")
+    db.do("UPDATE worker_runs SET created_at = 'infinity', completed_at = 'infinity'")
+    [crash] = (await get_crash_recovery_summary())["recent_crashes"]
+    assert (crash["run_id"], crash["created_at"]) == ("orphan", None)
+    assert (crash["crashed_at"] is None) is (crashed == "crashed")
 
 
 async def test_a_lost_database_is_raised_and_not_shown_as_no_crashes(

@@ -8,8 +8,9 @@ import pytest
 from alive_support import OFTEN
 from lock_support import await_locks
 from orphan_recovery.alive import claim, finish_run, keep_alive
+from orphan_recovery.backtest import backtest_target
 from orphan_recovery.migrate import migrate
-from orphan_recovery.target import Target
+from orphan_recovery.target import Rule, Target
 from support import Database, until
 from tables_support import configure, sweep
 
@@ -105,3 +106,51 @@ async def test_a_worker_is_found_by_a_uuid_that_a_text_has_in_capitals(
     assert (await sweep(target)).detected == 0
     blank.do("UPDATE workers SET seen = now() - interval '1 hour'")
     assert (await sweep(target)).recovered == 1
+
+
+PATTERNS = pytest.mark.parametrize(
+    "pattern", [GIVEN["uuid"], "A0EEBC99-*"], ids=["whole", "with a star"]
+)
+
+
+@PATTERNS
+async def test_a_rule_matches_a_uuid_that_it_has_in_capitals(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    rule = f"[[targets.jobs.rules]]\nmatch = {{ worker_id = '{pattern}' }}\nnever = true\n"
+    target = make(blank, tmp_path, monkeypatch, "uuid", rule)
+    blank.do("UPDATE jobs SET status = 'running', worker_id = id")
+    report = await sweep(target)
+    assert (report.detected, report.as_dict()["exempt"]) == (0, 1)
+    # So does what replays it, for a run that ended, and for one that only the ledger knows.
+    blank.do("ALTER TABLE jobs ADD completed_at timestamptz")
+    blank.do("UPDATE jobs SET status = 'completed', completed_at = now()")
+    target = target.model_copy(update={"terminal": ("completed", "failed", "crashed")})
+    tested = await backtest_target(target)
+    assert (tested.replayed, [rule.runs for rule in tested.rules]) == (0, [1])
+
+
+async def test_a_rule_matches_whatever_the_case_where_that_is_all_one_to_the_column(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blank.do(  # as the extension makes it, which not every server has
+        "CREATE TYPE citext;"
+        "CREATE FUNCTION citextin(cstring) RETURNS citext LANGUAGE internal IMMUTABLE STRICT"
+        " AS 'textin';"
+        "CREATE FUNCTION citextout(citext) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT"
+        " AS 'textout';"
+        "CREATE TYPE citext (INPUT = citextin, OUTPUT = citextout, INTERNALLENGTH = VARIABLE,"
+        " STORAGE = extended, CATEGORY = 'S', COLLATABLE = true);"
+        "CREATE CAST (citext AS text) WITHOUT FUNCTION AS IMPLICIT;"
+        "CREATE CAST (text AS citext) WITHOUT FUNCTION AS ASSIGNMENT"
+    )
+    target = make(blank, tmp_path, monkeypatch, "int")
+    blank.do("ALTER TABLE jobs ADD task citext")
+    blank.do("UPDATE jobs SET status = 'running', task = 'replay-É'")
+    blank.do(
+        "INSERT INTO jobs SELECT 8, status, 8, created_at, NULL, 'nightlY' FROM jobs;"
+        "INSERT INTO jobs SELECT 9, status, 9, created_at, NULL, 'daily' FROM jobs WHERE id = 7"
+    )
+    rules = tuple(Rule(match={"task": task}, never=True) for task in ("Nightly", "REPLAY-*"))
+    report = await sweep(target.model_copy(update={"rules": rules}))
+    assert (report.recovered, report.as_dict()["exempt"]) == (1, 2)

@@ -213,13 +213,13 @@ async def backtest(
     runs = await connection.run_sync(describe_runs, target)
     # None where there is no ledger; False where this role may not read it.
     has_ledger = (await db.execute(text(_MAY_READ), {"schema": SCHEMA})).scalar_one()
-    lived = runs_that_lived(asked) if has_ledger else no_runs_that_lived(asked)
+    lived = runs_that_lived(runs, asked) if has_ledger else no_runs_that_lived(asked)
     has_ends = runs.has("completed_at")
     finished = finished_runs(runs, asked, bool(has_ledger)) if has_ends else no_finished_runs()
     rows = (await db.execute(replayed(asked, finished, lived))).mappings().all()
     deaths, later = 0, [0] * len(asked.minutes)
     if has_ledger:
-        row = (await db.execute(verdicts_that_stand(asked))).mappings().one()
+        row = (await db.execute(verdicts_that_stand(runs, asked))).mappings().one()
         deaths, later = row["deaths"], row["later"]
     whole = next(row for row in rows if row["whole"])
     counts = {row["minutes"]: row for row in rows if row["whole"]}

@@ -45,7 +45,12 @@ class ColumnFacts:
     """An enum's values; empty for every other type."""
     is_domain: bool
     is_generated: bool
+    schema: str = "pg_catalog"
+    """Where the type is, for which a role needs USAGE to name it."""
     is_nullable: bool = True
+    """Whether a row may have NULL there: one of before may, where NOT NULL is NOT VALID."""
+    refuses_null: bool = False
+    """Whether NULL cannot be written to it."""
 
     @property
     def is_time(self) -> bool:
@@ -112,27 +117,58 @@ _NAMED: Final = """
                      ELSE format('%I.%I', CAST(:schema AS text), CAST(:name AS text)) END)
 """
 _STAMPED: Final = text(f"SELECT {_STAMP} FROM pg_class AS c WHERE c.oid = {_NAMED}")  # noqa: S608
+
+
+def _shows_all(table: str, who: str) -> str:
+    """Whether row security's policies, where it is active, show a role every row all the same."""
+    return f"""(
+        SELECT coalesce(bool_or(p.polpermissive AND p.shows_all), false)
+               AND coalesce(bool_and(p.shows_all OR p.polpermissive), true)
+        FROM (SELECT polpermissive, pg_get_expr(polqual, polrelid) = 'true' AS shows_all
+              FROM pg_policy
+              WHERE polrelid = {table} AND polcmd IN ('r', '*') AND EXISTS (
+                  SELECT FROM unnest(polroles) AS member (role)
+                  WHERE role = 0 OR pg_has_role({who}, role, 'USAGE'))) AS p)"""  # noqa: S608
+
+
+_HIDES_BELOW: Final = text(
+    f"""
+    WITH RECURSIVE me AS (SELECT oid FROM pg_roles WHERE rolname = current_user),
+    -- Who is asked for what is below: by a view its owner, with security_invoker whoever reads.
+    below AS (
+        SELECT CAST(:view AS oid) AS oid, me.oid AS who FROM me
+        UNION
+        SELECT d.refobjid, CASE WHEN (SELECT option_value::boolean
+                                      FROM pg_options_to_table(v.reloptions)
+                                      WHERE option_name = 'security_invoker')
+                                THEN me.oid ELSE v.relowner END
+        FROM me, below JOIN pg_class v ON v.oid = below.oid AND v.relkind = 'v'
+        JOIN pg_rewrite r ON r.ev_class = v.oid AND r.ev_type = '1'  -- SELECT
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid
+    )
+    SELECT bool_or(t.relrowsecurity AND NOT (role.rolsuper OR role.rolbypassrls)
+                   AND (t.relforcerowsecurity OR NOT pg_has_role(who, t.relowner, 'USAGE'))
+                   AND NOT {_shows_all("t.oid", "who")})
+    FROM below JOIN pg_class t ON t.oid = below.oid JOIN pg_roles role ON role.oid = who
+    """  # noqa: S608 - of constants
+)
 _RELATION: Final = text(
     f"""
     SELECT c.oid, n.nspname, c.relname, c.relkind::text AS kind,
            -- A heap has one ctid a row (column -1); a table with children, one a row in each.
            NOT c.relhassubclass AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'heap')
                AND has_column_privilege(c.oid, (-1)::smallint, 'SELECT') AS shows_places,
-           row_security_active(c.oid) AND NOT (
-               SELECT coalesce(bool_or(p.polpermissive AND p.shows_all), false)
-                      AND coalesce(bool_and(p.shows_all OR p.polpermissive), true)
-               FROM (SELECT polpermissive, pg_get_expr(polqual, polrelid) = 'true' AS shows_all
-                     FROM pg_policy
-                     WHERE polrelid = c.oid AND polcmd IN ('r', '*') AND EXISTS (
-                         SELECT FROM unnest(polroles) AS member (role)
-                         WHERE role = 0 OR pg_has_role(role, 'USAGE'))) AS p) AS hides_rows,
+           row_security_active(c.oid) AND NOT {_shows_all("c.oid", "current_user")} AS hides_rows,
            {_STAMP} AS stamp,
            (SELECT coalesce(jsonb_agg(
                        jsonb_build_array(a.attname, pg_get_expr(k.conbin, k.conrelid))
                        ORDER BY k.conname), '[]')
             FROM pg_constraint k
             JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.conkey[1]
-            WHERE k.conrelid = c.oid AND k.contype = 'c' AND cardinality(k.conkey) = 1) AS checks,
+            WHERE k.conrelid = c.oid AND k.contype = 'c' AND cardinality(k.conkey) = 1
+              -- Before Postgres 18 there is no such column, and each is enforced.
+              AND to_jsonb(k)->>'conenforced' IS DISTINCT FROM 'false') AS checks,
            (SELECT coalesce(jsonb_agg(
                        (SELECT jsonb_agg(a.attname) FROM pg_attribute a
                         WHERE a.attrelid = c.oid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))
@@ -140,35 +176,42 @@ _RELATION: Final = text(
             FROM pg_index i
             WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
               AND i.indexprs IS NULL AND NOT EXISTS (
-                  SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attnotnull
+                  SELECT FROM pg_attribute a WHERE a.attrelid = c.oid
+                  AND (NOT a.attnotnull OR a.attnum = ANY (unsure.attnums))
                   AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))) AS unique_sets,
            (WITH RECURSIVE layer AS (
                 SELECT a.attnum, a.attname, a.attgenerated, a.attnotnull, a.atttypmod AS typmod,
                        0 AS depth, format_type(a.atttypid, a.atttypmod) AS declared,
-                       (SELECT format('%I.%I', n.nspname, o.typname)
-                        FROM pg_type o JOIN pg_namespace n ON n.oid = o.typnamespace
-                        WHERE o.oid = a.atttypid) AS cast_name,
+                       format('%I.%I', s.nspname, t.typname) AS cast_name, s.nspname AS schema,
                        t.oid AS type_oid, t.typname, t.typtype, t.typbasetype, t.typtypmod,
                        t.typcategory
                 FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                JOIN pg_namespace s ON s.oid = t.typnamespace
                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
                 UNION ALL
                 SELECT l.attnum, l.attname, l.attgenerated, l.attnotnull, l.typtypmod,
-                       l.depth + 1, l.declared, l.cast_name, t.oid, t.typname, t.typtype,
+                       l.depth + 1, l.declared, l.cast_name, l.schema, t.oid, t.typname, t.typtype,
                        t.typbasetype, t.typtypmod, t.typcategory
                 FROM layer l JOIN pg_type t ON t.oid = l.typbasetype
                 WHERE l.typtype = 'd'
             )
             SELECT coalesce(jsonb_agg(jsonb_build_object(
-                'name', attname, 'declared', declared, 'cast_name', cast_name, 'kind', typname,
+                'name', attname, 'declared', declared, 'cast_name', cast_name,
+                'schema', schema, 'kind', typname,
                 'category', typcategory, 'is_domain', depth > 0, 'is_generated', attgenerated <> '',
-                'is_nullable', NOT attnotnull,
+                'is_nullable', NOT attnotnull OR attnum = ANY (unsure.attnums),
+                'refuses_null', attnotnull,
                 'length', CASE WHEN typname IN ('varchar', 'bpchar') AND typmod > 4
                                THEN typmod - 4 END,
                 'labels', ARRAY(SELECT e.enumlabel FROM pg_enum e WHERE e.enumtypid = type_oid
                                 ORDER BY e.enumsortorder)) ORDER BY attnum), '[]')
             FROM layer WHERE typtype <> 'd') AS columns
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    -- NOT NULL only for rows to come (NOT VALID), or not for those of child tables.
+    CROSS JOIN LATERAL (SELECT ARRAY(
+        SELECT k.conkey[1] FROM pg_constraint k
+        WHERE k.conrelid = c.oid AND k.contype = 'n'
+          AND (NOT k.convalidated OR k.connoinherit AND c.relhassubclass))) AS unsure (attnums)
     WHERE c.oid = {_NAMED}
     """  # noqa: S608 - of constants
 )
@@ -183,6 +226,9 @@ def look_up(connection: Connection, schema: str | None, name: str) -> Relation |
     found = connection.execute(_RELATION, {"schema": schema, "name": name}).mappings().one_or_none()
     if found is None:
         return None
+    hides_rows: bool = found["hides_rows"]
+    if found["kind"] == "v":  # it has no row security of its own, and what is below it may
+        hides_rows = connection.scalar(_HIDES_BELOW, {"view": found["oid"]})
     checks: dict[str, tuple[str, ...]] = {}
     for column, condition in found["checks"]:
         checks[column] = (*checks.get(column, ()), condition)
@@ -198,7 +244,7 @@ def look_up(connection: Connection, schema: str | None, name: str) -> Relation |
         unique=tuple(frozenset(columns) for columns in found["unique_sets"] if columns),
         checks=checks,
         shows_places=found["shows_places"],
-        hides_rows=found["hides_rows"],
+        hides_rows=hides_rows,
         stamp=found["stamp"],
     )
 

@@ -211,6 +211,7 @@ def _connected(target: Target) -> "Iterator[Connection]":
         connect_args={
             "application_name": "orphan-recovery",
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "client_encoding": "utf8",  # whatever the role's own: else texts may come as bytes
             "options": "-c default_transaction_read_only=on",
         },
     )

@@ -6,13 +6,13 @@ transaction of our own has a lock and a statement time-out.
 """
 
 import os
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
+import psycopg
 from sqlalchemy import (
     URL,
     ColumnElement,
@@ -254,17 +254,18 @@ def describe(error: BaseException) -> str:
     """One line that says what went wrong, safe to log, store and show.
 
     It has the error's class, the server's own message and SQLSTATE where there is one, and never
-    a password, the values of a statement, or a line of it.
+    a password, the values of a statement, or a line of it. What the server says in detail is left
+    out, for it may be a whole row.
     """
     cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
-    message = " ".join(_POINTER.sub("", str(cause)).split()) or "no message"
+    message = str(cause)
+    if isinstance(cause, psycopg.Error) and cause.diag.message_primary:
+        hint = cause.diag.message_hint
+        message = cause.diag.message_primary + (f" HINT: {hint}" if hint else "")
+    message = " ".join(message.split()) or "no message"
     code = getattr(cause, "sqlstate", None)
     suffix = f" (SQLSTATE {code})" if isinstance(code, str) else ""
     return redact(f"{type(cause).__name__}: {message[:600]}{suffix}")
-
-
-_POINTER: Final = re.compile(r"\n[^\n]*\n[ \t]*\^[ \t]*(?=\n|$)")
-"""``LINE 5: SELECT …``, and below it a caret: in one line it points at nothing."""
 
 
 def missing_right(told: str, target: str | None = None) -> str | None:

@@ -13,20 +13,13 @@ from typing import Any, Final, LiteralString
 from psycopg import sql
 from sqlalchemy import Connection, text
 
-from orphan_recovery.catalog import Relation
+from orphan_recovery.catalog import Relation, look_up
+from orphan_recovery.common import FROZEN, for_all_targets, is_guarded
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.target import split_table
 
 TRUTH_TRIGGER: Final = "prevent_worker_run_mutation"
-WRITTEN: Final = ("status", "success", "error", "completed_at")
-"""The roles that a mark writes."""
-_TRUTH: Final = (
-    *("status", "success", "error", "started_at", "completed_at"),
-    *("worker_id", "tenant_id", "output_json"),
-)
-"""The roles that a terminal row keeps for ever, besides its key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +35,12 @@ class Change:
 def changes(connection: Connection, runs: RunsTable) -> list[Change]:
     """What the table lacks: the index of what is in flight, that of what is crashed, the trigger.
 
-    Reads the catalogue only.
+    They are made for all targets that sweep the table. Reads the catalogue only.
+
+    Raises:
+        ConfigurationError: something else has one's name, or the targets do not go together.
     """
+    runs = for_all_targets(connection, runs)
     wanted = [*_triggers(connection, runs), *_indexes(connection, runs)]
     return [change for change in wanted if change.statements]
 
@@ -63,91 +60,26 @@ def undoing(connection: Connection, runs: RunsTable) -> list[Change]:
 
 def create_index(connection: Connection, runs: RunsTable) -> str:
     """The statements that make the index which serves detection, for a person to read."""
+    runs = for_all_targets(connection, runs)
     definition = next(iter(_index_names(runs).values()))
     build = _build(connection, runs.relation, "in_flight", definition)
     return "; ".join(statement.as_string(None) for statement in build)
 
 
-def role_statements(runs: RunsTable, role: str, database: str) -> list[sql.Composed]:
-    """A role that may do what a sweep does, and nothing else; as the owner of the tables.
+def truth_trigger_is_there(connection: Connection, runs: RunsTable) -> bool | None:
+    """Whether the truth trigger guards the table, as its targets describe it now, and fires.
 
-    It may read what detection reads, write what a mark writes, and append to the ledger. It is
-    created without a password. Other tables with signs of life are only ever read.
+    Returns:
+        None where no target asks for it.
+
+    Raises:
+        ConfigurationError: the targets that sweep the table do not go together.
     """
-    if not 1 <= len(role.encode()) <= 63:
-        raise ConfigurationError(f"role is {role!r}: give a name of 1 to 63 bytes")
-    who, table, ledger = sql.Identifier(role), _table(runs), sql.Identifier(SCHEMA)
-    # Not the result: a sweep has no business with it.
-    read = [column.name for column in runs.columns if column.key != "output_json"]
-    written = written_columns(runs)
-    create = _sql(  # a literal, not dollar quotes: they may be in the name
-        "BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = {}) "
-        "THEN CREATE ROLE {} LOGIN; END IF; END",
-        sql.Literal(role),
-        who,
-    )
-    statements = [
-        _sql("DO {}", sql.Literal(create.as_string(None))),
-        _sql("GRANT CONNECT ON DATABASE {} TO {}", sql.Identifier(database), who),
-        _sql("REVOKE ALL ON SCHEMA {} FROM {}", ledger, who),
-        _sql("REVOKE ALL ON {} FROM {}", table, who),
-        _sql("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}", ledger, who),
-        _sql(
-            "GRANT USAGE ON SCHEMA {}, {} TO {}", sql.Identifier(runs.relation.schema), ledger, who
-        ),
-        _sql(
-            "GRANT SELECT ({}), UPDATE ({}) ON {} TO {}",
-            _names(read),
-            _names(written),
-            table,
-            who,
-        ),
-        _sql(
-            "GRANT SELECT, INSERT ON {0}.sweeps, {0}.verdicts, {0}.holds, {0}.hold_runs, "
-            "{0}.approvals TO {1}",
-            ledger,
-            who,
-        ),
-        _sql(
-            "GRANT UPDATE (ended_at, ended_as, detected, marked, missed, failed, looked_twice, "
-            "hold, error) ON {}.sweeps TO {}",
-            ledger,
-            who,
-        ),
-        _sql("GRANT UPDATE (ended_at, ended_as, ended_by) ON {}.holds TO {}", ledger, who),
-        _sql("GRANT SELECT ON {0}.contests, {0}.schema_version TO {1}", ledger, who),
-    ]
-    for asked in (runs.target.worker_heartbeat, runs.target.run_events):
-        if asked is None:
-            continue
-        schema, name = split_table(asked.table)
-        kept = sql.Identifier(name) if schema is None else sql.Identifier(schema, name)
-        columns = _names([asked.key, asked.last_seen])
-        statements.append(_sql("REVOKE ALL ON {} FROM {}", kept, who))
-        statements.append(_sql("GRANT SELECT ({}) ON {} TO {}", columns, kept, who))
-        if schema not in (None, runs.relation.schema):
-            statements.append(_sql("GRANT USAGE ON SCHEMA {} TO {}", sql.Identifier(schema), who))
-    return statements
+    runs = for_all_targets(connection, runs)
+    return _is_there(connection, runs) if is_guarded(runs.target) else None
 
 
-def worker_statements(role: str) -> list[sql.Composed]:
-    """What a role that workers have needs besides its own table: to record a contested verdict."""
-    who, ledger = sql.Identifier(role), sql.Identifier(SCHEMA)
-    return [
-        _sql("GRANT USAGE ON SCHEMA {} TO {}", ledger, who),
-        _sql("GRANT SELECT ON {}.verdicts TO {}", ledger, who),
-        _sql("GRANT SELECT, INSERT ON {}.contests TO {}", ledger, who),
-    ]
-
-
-def written_columns(runs: RunsTable) -> list[str]:
-    """The table's columns that a mark writes."""
-    written = [runs.facts[role].name for role in WRITTEN if runs.has(role)]
-    return [*written, *(column.name for column in runs.released)]
-
-
-def truth_trigger_is_there(connection: Connection, runs: RunsTable) -> bool:
-    """Whether the truth trigger guards the table, as the target describes it now, and fires."""
+def _is_there(connection: Connection, runs: RunsTable) -> bool:
     return _trigger(connection, runs.relation) == _Trigger(_truth_argument(runs), fires_last=True)
 
 
@@ -161,9 +93,7 @@ def _drop_trigger(runs: RunsTable) -> sql.Composed:
 
 
 def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:
-    if not (runs.target.is_default_table or runs.target.truth_trigger):
-        return []
-    if truth_trigger_is_there(connection, runs):
+    if not is_guarded(runs.target) or _is_there(connection, runs):
         return []
     _refuse_anothers_trigger(connection, runs)
     terminal = sql.SQL(", ").join(sql.Literal(status) for status in runs.target.ends or ())
@@ -199,7 +129,7 @@ def _refuse_anothers_trigger(connection: Connection, runs: RunsTable) -> None:
 
 def _truth_argument(runs: RunsTable) -> str:
     """What the trigger's function has to know of this table."""
-    frozen = [runs.facts[role].name for role in _TRUTH if role in runs.facts]
+    frozen = [runs.facts[role].name for role in FROZEN if role in runs.facts]
     told = {
         "key": list(runs.target.columns.id),
         "status": runs.facts["status"].name,
@@ -291,6 +221,7 @@ def _build(
     note = f"orphan-recovery {hashlib.sha256(definition.as_string(None).encode()).hexdigest()[:16]}"
     whole_index = _index_of(connection, relation.oid, name, None)
     follows = whole_index is None or whole_index.note in (None, note)  # none: made by hand
+    stays = follows and whole_index is not None and (whole_index.is_valid or relation.kind == "p")
     if not follows:
         how = "" if relation.kind == "p" else "CONCURRENTLY "
         build.append(_sql(f"DROP INDEX {how}{{}}", _qualified(relation.schema, name)))
@@ -298,6 +229,8 @@ def _build(
         up = None if part["oid"] == relation.oid else index[part["up"]]
         own = _fitted(part["name"], f"_{what}")
         there = _index_of(connection, part["oid"], own, None if up is None else up.oid)
+        if there is None:
+            _refuse_anothers_name(connection, relation, part["schema"], own)
         if not follows:
             there = None
         if there is not None and there.is_attached:
@@ -310,6 +243,8 @@ def _build(
             how = "CONCURRENTLY {} ON {} {}" if part["isleaf"] else "{} ON ONLY {} {}"
             table = sql.Identifier(part["schema"], part["name"])
             build.append(_sql(f"CREATE INDEX {how}", sql.Identifier(own), table, definition))
+        if up is None and (not stays or (there and not there.is_valid and there.note is None)):
+            build.append(_sql("COMMENT ON INDEX {} IS {}", _qualified(part["schema"], own), note))
         if up is not None:
             attach.append(
                 _sql(
@@ -319,11 +254,19 @@ def _build(
                 )
             )
         index[part["oid"]] = there or _Index(None, part["schema"], own, False, False, None)
-    noted: list[sql.Composed] = []
-    if whole_index is None or not follows:
-        comment = _sql("COMMENT ON INDEX {} IS {}", _qualified(relation.schema, name), note)
-        noted.append(comment)
-    return build + attach[::-1] + noted
+    return build + attach[::-1]
+
+
+def _refuse_anothers_name(
+    connection: Connection, relation: Relation, schema: str, name: str
+) -> None:
+    """What has the index's name and is none of the table's would fail the build, half way."""
+    if found := look_up(connection, schema, name):
+        raise ConfigurationError(
+            f"table {relation.name!r} needs an index {name!r}, but schema {schema!r} has "
+            f"another {found.what} of that name: rename it, or build an index yourself and set "
+            "index = false for the target; then run this again"
+        )
 
 
 @dataclass(frozen=True, slots=True)

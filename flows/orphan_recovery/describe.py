@@ -141,7 +141,7 @@ def describe_runs(
         if getattr(target, key) is not None
     }
     for name in target.release:
-        if name in relation.columns and not relation.columns[name].is_nullable:
+        if name in relation.columns and relation.columns[name].refuses_null:
             raise ConfigurationError(
                 f"{where(target, 'release')} has {name!r}, which is NOT NULL in {target.table!r}: "
                 "the mark sets it to NULL; leave it out"

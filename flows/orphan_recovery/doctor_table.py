@@ -14,10 +14,10 @@ from orphan_recovery.ddl import (
     create_index,
     drop_truth_trigger,
     truth_trigger_is_there,
-    written_columns,
 )
 from orphan_recovery.detect import orphans
 from orphan_recovery.finding import Examined, Finding, Level
+from orphan_recovery.grants import written_columns
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.migrate import newest_revisions, revisions, unknown_revisions
 from orphan_recovery.runs import ROLES
@@ -91,7 +91,10 @@ async def look_at_privileges(asked: Examined) -> list[Finding]:
         for what, kept in table.elsewhere.items()
         if kept.relation.hides_rows
     ]
-    way_out = "give the role a policy that shows it every row (USING (true)), or BYPASSRLS"
+    way_out = (
+        "give the role (below a view without security_invoker, the view's owner) a policy that "
+        "shows it every row (USING (true)), or BYPASSRLS"
+    )
     found += [
         Finding(
             Level.FAILURE,
@@ -219,8 +222,8 @@ async def look_at_index(asked: Examined) -> list[Finding]:
 
 async def look_at_truth_trigger(asked: Examined) -> list[Finding]:
     target = asked.table.target
-    is_wanted = target.is_default_table or target.truth_trigger
-    if is_wanted and await asked.db.run_sync(truth_trigger_is_there, asked.table):
+    is_there = await asked.db.run_sync(truth_trigger_is_there, asked.table)
+    if is_there:
         return [Finding(Level.OK, "truth trigger", "terminal rows are immutable")]
     # As an earlier description had it: its statuses need not be those of today's.
     left = text(
@@ -228,7 +231,7 @@ async def look_at_truth_trigger(asked: Examined) -> list[Finding]:
         " WHERE tgrelid = :oid AND tgname = :name AND tgenabled <> 'D')"
     )
     about = {"oid": asked.table.relation.oid, "name": TRUTH_TRIGGER}
-    if not is_wanted and await asked.db.scalar(left, about):
+    if is_there is None and await asked.db.scalar(left, about):
         return [
             Finding(
                 Level.WARNING,
@@ -238,7 +241,7 @@ async def look_at_truth_trigger(asked: Examined) -> list[Finding]:
                 f"set it to true; or, as the owner: {drop_truth_trigger(asked.table)}",
             )
         ]
-    if is_wanted:
+    if is_there is False:
         told = "the truth trigger is missing, disabled, or of another description"
         way_out = f"`orphan-recovery migrate --target {target.name}`"
         return [Finding(Level.FAILURE, "truth trigger", told, way_out)]

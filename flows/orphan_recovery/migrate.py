@@ -24,14 +24,15 @@ from sqlalchemy import URL, Connection, create_engine, exists, func, select, tex
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from orphan_recovery.catalog import Relation, look_up
+from orphan_recovery.catalog import ColumnFacts, Relation, look_up
 from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address, describe
 from orphan_recovery.ddl import Change, changes, undoing
 from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA, sweeps
 from orphan_recovery.policy import sqlstate
+from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.target import Target, split_table
+from orphan_recovery.target import DEFAULT_TABLE, Target, split_table
 from orphan_recovery.targets import find_target
 
 LOCK_TIMEOUT_MS: Final = 5_000
@@ -75,8 +76,11 @@ def migrate(target: Target | None = None, url: URL | None = None) -> Migration:
     target = target or find_target()
 
     def step(connection: Connection, config: Config) -> list[str]:
-        if not target.is_default_table:
-            describe_runs(connection, target)  # or refuse it, before anything is written
+        if target.is_default_table:
+            _, as_it_will_be = default_table(connection, target)
+        else:
+            as_it_will_be = describe_runs(connection, target)
+        changes(connection, as_it_will_be)  # or a refusal, before anything is made
         for branch in _branches(target):
             command.upgrade(config, f"{branch}@head")
         made = changes(connection, describe_runs(connection, target))
@@ -174,18 +178,56 @@ def ledger_sql() -> str:
     return f"CREATE SCHEMA {SCHEMA};\n\n" + re.sub(r"\n{3,}", "\n\n", statements).strip()
 
 
-def default_table_ddl(found: Relation | None) -> tuple[list[str], dict[str, str]]:
-    """What makes the default table of what is there, and the columns it adds with their types."""
+def default_table(connection: Connection, target: Target) -> tuple[list[str], RunsTable]:
+    """How the default table is made, or the one that is there completed; and what it then is.
+
+    Reads only.
+
+    Raises:
+        ConfigurationError: the one that is there cannot be adopted.
+    """
     script = ScriptDirectory.from_config(_config()).get_revision("runs@head").module
-    types = {name: fact.declared for name, fact in found.columns.items()} if found else None
+    found = look_up(connection, None, DEFAULT_TABLE)
+    types = script.adopted_types(connection) if found else None
     own = {"id": "text", "status": "text", **script.ADDITIONS}
-    key = types["id"] if types and "id" in types else "text"
+    key = types["id"] if types else "text"
     added = {
-        name: kind.format(key=key).split(" DEFAULT")[0]
+        name: _facts(name, kind.format(key=key).split(" DEFAULT")[0])
         for name, kind in own.items()
         if name not in (types or ())
     }
-    return script.statements(types), added
+    relation = Relation(
+        oid=found.oid if found else 0,
+        schema=found.schema if found else str(connection.dialect.default_schema_name),
+        name=DEFAULT_TABLE,
+        kind=found.kind if found else "r",
+        columns={**found.columns, **added} if found else added,
+        unique=found.unique if found else (frozenset({"id"}),),
+        checks=found.checks if found else {},
+        shows_places=found.shows_places if found else True,
+    )
+    return script.statements(types), describe_runs(connection, target, relation)
+
+
+def _facts(name: str, declared: str) -> ColumnFacts:
+    kind, category = {
+        "text": ("text", "S"),
+        "jsonb": ("jsonb", "U"),
+        "boolean": ("bool", "B"),
+        "timestamptz": ("timestamptz", "D"),
+        "integer": ("int4", "N"),
+    }.get(declared, (declared, "U"))
+    return ColumnFacts(
+        name=name,
+        declared=declared,
+        cast_name=f"pg_catalog.{kind}",
+        kind=kind,
+        category=category,
+        length=None,
+        labels=(),
+        is_domain=False,
+        is_generated=False,
+    )
 
 
 def _branches(target: Target) -> tuple[str, ...]:
@@ -217,6 +259,13 @@ def _execute(connection: Connection, made: list[Change]) -> None:
             driver.autocommit = False
 
 
+_PATIENT: Final = text(
+    "SELECT set_config(name, '0', false) FROM pg_settings"
+    " WHERE name IN ('statement_timeout', 'transaction_timeout')"
+)
+"""Whatever limits the role or the database has: an index takes as long as the table is large."""
+
+
 def _run(
     target: Target, url: URL | None, step: Callable[[Connection, Config], list[str]]
 ) -> Migration:
@@ -227,10 +276,13 @@ def _run(
         connect_args={
             "application_name": "orphan-recovery migrate",
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "client_encoding": "utf8",  # whatever the role's own: else texts may come as bytes
         },
     )
     try:
         with engine.connect() as connection, _alone(connection):
+            connection.execute(_PATIENT)
+            connection.commit()
             before = revisions(connection)
             connection.commit()
             _require_known(before, target)

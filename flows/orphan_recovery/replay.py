@@ -93,9 +93,9 @@ def finished_runs(runs: RunsTable, asked: Asked, has_ledger: bool) -> CTE:
         row.task,
         unread.label("unread"),
         case((unread.is_(None), end - sign)).label("silence"),
-        _rule_of(target, {**texts, "status": literal(held_as, Text)}).label("rule"),
+        _rule_of(runs, {**texts, "status": literal(held_as, Text)}).label("rule"),
         case((unread.is_(None), waited)).label("waited"),
-        _rule_of(target, {**texts, "status": literal(waited_as, Text)}).label("waited_rule"),
+        _rule_of(runs, {**texts, "status": literal(waited_as, Text)}).label("waited_rule"),
         and_(unread.is_(None), beat == sign).label("beaten"),
     ).cte("finished")
 
@@ -150,7 +150,7 @@ def no_finished_runs() -> CTE:
 # What the ledger knows
 
 
-def runs_that_lived(asked: Asked) -> CTE:
+def runs_that_lived(runs: RunsTable, asked: Asked) -> CTE:
     """Each run that the ledger knows to have lived, with the longest silence at which it did."""
     target = asked.target
     contested = and_(verdicts.c.outcome == Outcome.MARKED.value, contests.c.run_id.is_not(None))
@@ -171,7 +171,7 @@ def runs_that_lived(asked: Asked) -> CTE:
             verdicts.c.silence,
             contested.label("contested"),
             (contests.c.reported_at - verdicts.c.sign_of_life).label("until_report"),
-            _rule_of_verdict(target).label("rule"),
+            _rule_of_verdict(runs).label("rule"),
         )
         .select_from(_judged())
         .where(*_of(asked), or_(contested, escaped))
@@ -210,13 +210,13 @@ def no_runs_that_lived(asked: Asked) -> CTE:
     )
 
 
-def verdicts_that_stand(asked: Asked) -> Select[Any]:
+def verdicts_that_stand(runs: RunsTable, asked: Asked) -> Select[Any]:
     """Verdicts that stand unchallenged, and how many each threshold would have kept waiting."""
     death = and_(
         verdicts.c.outcome == Outcome.MARKED.value,
         contests.c.run_id.is_(None),
         verdicts.c.rule.like("silence >= %"),  # not by a lock that was gone, nor a worker's return
-        _rule_of_verdict(asked.target) == BY_THRESHOLD,
+        _rule_of_verdict(runs) == BY_THRESHOLD,
     )
     silence = verdicts.c.silence
     return (
@@ -363,12 +363,12 @@ def _spans(asked: Asked) -> list[ColumnElement[timedelta]]:
     return [literal(timedelta(minutes=minutes), Span) for minutes in asked.minutes]
 
 
-def _rule_of_verdict(target: Target) -> ColumnElement[int]:
+def _rule_of_verdict(runs: RunsTable) -> ColumnElement[int]:
     texts = {role: verdicts.c[role] for role in MATCHED if role != "status"}
-    return _rule_of(target, {**texts, "status": verdicts.c.status_seen})
+    return _rule_of(runs, {**texts, "status": verdicts.c.status_seen})
 
 
-def _rule_of(target: Target, texts: Mapping[str, ColumnElement[Any]]) -> ColumnElement[int]:
+def _rule_of(runs: RunsTable, texts: Mapping[str, ColumnElement[Any]]) -> ColumnElement[int]:
     """Which rule matches first, by what it may look at; ``BY_THRESHOLD`` for none.
 
     Not :func:`orphan_recovery.rules.number_of`, for that looks at the row as it stands, whose
@@ -376,18 +376,12 @@ def _rule_of(target: Target, texts: Mapping[str, ColumnElement[Any]]) -> ColumnE
     """
     whens = [
         (
-            and_(*(_fits(texts[role], pattern) for role, pattern in rule.match.items())),
+            and_(
+                *(runs.matches(role, pattern, texts[role]) for role, pattern in rule.match.items())
+            ),
             literal(number, Integer),
         )
-        for number, rule in enumerate(target.rules, 1)
+        for number, rule in enumerate(runs.target.rules, 1)
     ]
     none = literal(BY_THRESHOLD, Integer)
     return case(*whens, else_=none) if whens else none
-
-
-def _fits(value: ColumnElement[Any], pattern: str) -> ColumnElement[bool]:
-    """As :meth:`RunsTable.matches`: ``*`` is any text, ``?`` any one character."""
-    like = pattern
-    for special in "\\%_":
-        like = like.replace(special, f"\\{special}")
-    return value.like(like.replace("*", "%").replace("?", "_"), escape="\\")

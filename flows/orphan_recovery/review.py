@@ -6,13 +6,13 @@ statements that `migrate` executes.
 
 from sqlalchemy import Connection, func, select
 
-from orphan_recovery.catalog import ColumnFacts, Relation, look_up
-from orphan_recovery.ddl import changes, role_statements, worker_statements
+from orphan_recovery.common import others_name_it
+from orphan_recovery.ddl import changes
 from orphan_recovery.describe import describe_runs
+from orphan_recovery.grants import role_statements, worker_statements
 from orphan_recovery.ledger import SCHEMA
-from orphan_recovery.migrate import VERSION_TABLE, default_table_ddl, ledger_sql, revisions
-from orphan_recovery.runs import RunsTable
-from orphan_recovery.target import DEFAULT_TABLE, Target
+from orphan_recovery.migrate import VERSION_TABLE, default_table, ledger_sql, revisions
+from orphan_recovery.target import Target
 
 
 def as_sql(
@@ -48,7 +48,7 @@ def as_sql(
             "",
         ]
     if target.is_default_table and "runs_0001" not in there:
-        statements, runs = _default_table(connection, target)
+        statements, runs = default_table(connection, target)
         version = f"INSERT INTO {SCHEMA}.{VERSION_TABLE} VALUES ('runs_0001')"  # noqa: S608
         parts += ["-- The runs table.", "BEGIN;", *(f"{s};" for s in (*statements, version))]
         parts += ["COMMIT;", ""]
@@ -59,10 +59,11 @@ def as_sql(
         parts.append(f"-- {_line(change.why[0].upper() + change.why[1:])}{alone}.")
         parts += [f"{statement.as_string(None)};" for statement in change.statements]
         parts.append("")
+    granted = role_statements(runs, role, database, is_shared=others_name_it(connection, runs))
     parts += [
         "-- A role that may do what a sweep does, and nothing else. It has no password yet.",
         "BEGIN;",
-        *(f"{statement.as_string(None)};" for statement in role_statements(runs, role, database)),
+        *(f"{statement.as_string(None)};" for statement in granted),
         "COMMIT;",
     ]
     if worker_role is not None:
@@ -74,43 +75,3 @@ def as_sql(
 def _line(comment: str) -> str:
     """A comment ends with its line: a name that has a second one would be executed."""
     return " ".join(comment.split())
-
-
-def _default_table(connection: Connection, target: Target) -> tuple[list[str], RunsTable]:
-    """How the default table is made, or the one that is there completed; and what it then is."""
-    found = look_up(connection, None, DEFAULT_TABLE)
-    statements, added = default_table_ddl(found)
-    columns = dict(found.columns) if found else {}
-    columns |= {name: _facts(name, kind) for name, kind in added.items()}
-    relation = Relation(
-        oid=found.oid if found else 0,
-        schema=found.schema if found else str(connection.dialect.default_schema_name),
-        name=DEFAULT_TABLE,
-        kind=found.kind if found else "r",
-        columns=columns,
-        unique=found.unique if found else (frozenset({"id"}),),
-        checks=found.checks if found else {},
-        shows_places=found.shows_places if found else True,
-    )
-    return statements, describe_runs(connection, target, relation)
-
-
-def _facts(name: str, declared: str) -> ColumnFacts:
-    kind, category = {
-        "text": ("text", "S"),
-        "jsonb": ("jsonb", "U"),
-        "boolean": ("bool", "B"),
-        "timestamptz": ("timestamptz", "D"),
-        "integer": ("int4", "N"),
-    }.get(declared, (declared, "U"))
-    return ColumnFacts(
-        name=name,
-        declared=declared,
-        cast_name=f"pg_catalog.{kind}",
-        kind=kind,
-        category=category,
-        length=None,
-        labels=(),
-        is_domain=False,
-        is_generated=False,
-    )

@@ -182,6 +182,11 @@ class RunsTable:
             return cast(null(), _AWARE_OR_NULL)
         return as_utc(self.table.c[role], self.facts[role])
 
+    def shown(self, role: str) -> ColumnElement[datetime | None]:
+        """A time for people; NULL where Python cannot hold it, ``infinity`` among them."""
+        instant = self.utc(role)
+        return case((instant < literal_column("timestamptz '9999-12-31 00:00+00'"), instant))
+
     def stored(self, role: str, instant: ColumnElement[datetime]) -> ColumnElement[datetime]:
         """An instant as the column stores it: itself, or naive UTC."""
         return stored(instant, self.facts[role])
@@ -298,16 +303,31 @@ class RunsTable:
             bound = or_(created.is_(None), bound)
         return and_(bound, silent)
 
-    def matches(self, role: str, pattern: str) -> ColumnElement[bool]:
-        """Whether a column's text fits: ``*`` is any text, ``?`` any one character."""
+    def matches(
+        self, role: str, pattern: str, was: ColumnElement[str] | None = None
+    ) -> ColumnElement[bool]:
+        """Whether a column's text fits: ``*`` is any text, ``?`` any one character.
+
+        Args:
+            role: of the column.
+            pattern: as it was given; its case counts where the column's does.
+            was: what the column had, as text, where that is not read from the row as it stands.
+        """
         if role not in self.facts:
             return false()
+        text = self.text(role) if was is None else was
+        fold = func.lower if self.facts[role].kind in ("uuid", "citext") else _as_it_is
         if not any(wild in pattern for wild in "*?"):
-            return self.text(role) == pattern
+            return fold(text) == fold(literal(pattern))
         like = pattern
         for special in "\\%_":
             like = like.replace(special, f"\\{special}")
-        return self.text(role).like(like.replace("*", "%").replace("?", "_"), escape="\\")
+        like = like.replace("*", "%").replace("?", "_")
+        return fold(text).like(fold(literal(like)), escape="\\")
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _json_text(value: ColumnElement[Any]) -> ColumnElement[str]:

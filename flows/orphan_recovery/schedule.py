@@ -75,10 +75,15 @@ def look_up_schedule(target: Target) -> Schedule:
 def _deployments(target: Target) -> list[Any]:
     from prefect import get_client
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+    from prefect.client.schemas.sorting import DeploymentSort
 
     flows = FlowFilter(name=FlowFilterName(any_=[FLOW_NAME, ALL_FLOW_NAME]))
+    found: list[Any] = []
     with get_client(sync_client=True) as client:
-        found = client.read_deployments(flow_filter=flows)
+        while page := client.read_deployments(  # the API gives them by the page
+            flow_filter=flows, sort=DeploymentSort.CREATED_DESC, offset=len(found)
+        ):
+            found += page
     try:
         meant = find_target().name
     except ConfigurationError:  # several, and none of them is meant

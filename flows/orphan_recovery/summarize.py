@@ -129,8 +129,8 @@ async def _newest(db: Executor, table: RunsTable) -> Sequence[RowMapping]:
         select(
             table.run_id.label("run_id"),
             *(table.text(role).label(role) for role in ("worker_id", "tenant_id")),
-            table.utc("created_at").label("created_at"),
-            table.utc("completed_at").label("crashed_at"),
+            table.shown("created_at").label("created_at"),
+            table.shown("completed_at").label("crashed_at"),
             table.error_text.label("error"),
         )
         .where(table.is_crashed)
@@ -152,7 +152,7 @@ async def _newest_of_ledger(db: Executor, table: RunsTable) -> Sequence[RowMappi
                 last.c.run_id,
                 last.c.worker_id,
                 last.c.tenant_id,
-                table.utc("created_at").label("created_at"),
+                table.shown("created_at").label("created_at"),
                 last.c.judged_at.label("crashed_at"),
                 func.coalesce(table.error_text, last.c.reason).label("error"),
             )

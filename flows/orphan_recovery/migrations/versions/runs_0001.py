@@ -63,14 +63,17 @@ SELECT EXISTS (
     SELECT FROM pg_index i
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attname = 'id'
     WHERE i.indrelid = 'worker_runs'::regclass AND i.indisunique AND i.indisvalid
-      AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum
+      AND i.indpred IS NULL AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum AND a.attnotnull
+      AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = i.indrelid
+                      AND k.contype = 'n' AND k.conkey[1] = a.attnum AND NOT k.convalidated)
 )
 """
 
 
 def upgrade() -> None:
-    there = op.get_bind().scalar(sa.text("SELECT to_regclass('worker_runs')")) is not None
-    for statement in statements(adopted_types() if there else None):
+    bind = op.get_bind()
+    there = bind.scalar(sa.text("SELECT to_regclass('worker_runs')")) is not None
+    for statement in statements(adopted_types(bind) if there else None):
         op.execute(statement)
 
 
@@ -90,9 +93,8 @@ def statements(types: "dict[str, str] | None") -> list[str]:
     return completing
 
 
-def adopted_types() -> dict[str, str]:
+def adopted_types(bind: sa.Connection) -> dict[str, str]:
     """The columns of the table that is there, with their types, or a refusal to adopt it."""
-    bind = op.get_bind()
     kind = bind.scalar(sa.text("SELECT relkind FROM pg_class WHERE oid = 'worker_runs'::regclass"))
     if kind not in ("r", b"r"):
         raise ConfigurationError(
@@ -113,16 +115,16 @@ def adopted_types() -> dict[str, str]:
         )
     if not bind.scalar(sa.text(UNIQUE_ID)):
         raise ConfigurationError(
-            "the id of the worker_runs table that is there is not unique, so that one mark could "
-            "hit several rows: ALTER TABLE worker_runs ADD PRIMARY KEY (id), and migrate again"
+            "the id of the worker_runs table that is there is not unique, or may be NULL, so that "
+            "one mark could hit several rows: ALTER TABLE worker_runs ADD PRIMARY KEY (id), and migrate again"
         )
-    check_status(dict((name, oid) for name, _, oid in columns)["status"], types["status"])
+    check_status(bind, dict((name, oid) for name, _, oid in columns)["status"], types["status"])
     return types
 
 
-def check_status(type_oid: int, type_name: str) -> None:
+def check_status(bind: sa.Connection, type_oid: int, type_name: str) -> None:
     """An enum must know every status that recovery reads or writes."""
-    labels = op.get_bind().scalars(
+    labels = bind.scalars(
         sa.text("SELECT enumlabel FROM pg_enum WHERE enumtypid = :oid"), {"oid": type_oid}
     )
     known = set(labels)
