@@ -3,7 +3,7 @@
 # make bench     how fast it is, against its goals and its peers; what proof of life costs
 #                (QUICK=1: small, judges nothing; ONLY="rates flow": some of it)
 # make test      lint, types and the whole suite, against a real Postgres
-#                (AT_ONCE=2: two files at a time, each with a server of its own; on a quiet machine)
+#                (two files at a time, each with servers of its own; AT_ONCE=1: one after the other)
 #
 # The suite and the demo start a Postgres of their own; TEST_DATABASE_URL names another for the suite.
 
@@ -13,6 +13,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+AT_ONCE ?= 2
 
 .PHONY: demo test bench lint setup constraints clean
 
@@ -20,7 +21,7 @@ demo: setup
 	$(BIN)/orphan-recovery demo $(if $(UI),--ui)
 
 test: lint
-	$(BIN)/python -m pytest $(if $(AT_ONCE),--numprocesses $(AT_ONCE) --dist loadfile)
+	$(BIN)/python -m pytest --numprocesses $(AT_ONCE) --dist loadfile
 
 bench: setup
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null \

@@ -151,7 +151,7 @@ def test_what_is_left_to_the_next_sweep_is_not_waited_for(db: Database) -> None:
 
 def test_every_event_that_is_told_in_words_has_what_the_words_need() -> None:
     record = logging.makeLogRecord({"msg": "sweep_gives_way", "writes_per_second": 7})
-    assert WaitFormatter().format(record).startswith("Others write to the table: ")
+    assert WaitFormatter().format(record).startswith("Others write to this server: ")
 
 
 def test_scope_options_reach_the_sweep(db: Database) -> None:

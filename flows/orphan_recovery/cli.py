@@ -45,6 +45,7 @@ app = typer.Typer(
     name="orphan-recovery",
     help="Find runs whose worker died, mark each as crashed, and say why.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # else each line of a docstring is one of the help, however wide it is
     pretty_exceptions_enable=False,
     add_completion=False,
 )

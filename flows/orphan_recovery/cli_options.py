@@ -10,7 +10,8 @@ TargetName = Annotated[
     str | None,
     typer.Option(
         "--target",
-        help="Which table, by its name in orphan-recovery.toml. Default: the one meant by default.",
+        help="Which table, by its name in orphan-recovery.toml. Default: the one that "
+        "ORPHAN_RECOVERY_TARGET names, else `default`, else the only one.",
         show_default=False,
     ),
 ]

@@ -31,7 +31,10 @@ _WAITS: Final = {
     "sweep_waits_for_another": (
         "Another sweep of this table is at work: this one waits for it, ten seconds at most."
     ),
-    "sweep_gives_way": "Others write to the table: the sweep marks in small slices, with pauses.",
+    "sweep_gives_way": (
+        "Others write to this server: the sweep marks in small slices, with pauses, for five "
+        "minutes at most."
+    ),
 }
 
 
