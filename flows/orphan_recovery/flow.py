@@ -10,10 +10,8 @@ import gc
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import timedelta
 from functools import partial
 from typing import Annotated, Any
-from uuid import UUID
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
@@ -24,17 +22,15 @@ from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.attempt import in_transaction
-from orphan_recovery.database import address, describe, make_engine, transaction
+from orphan_recovery.database import address, describe, make_engine
 from orphan_recovery.doubt import Doubt
+from orphan_recovery.flow_heed import heed
 from orphan_recovery.flow_hold import (
     ASKED_FOR,
     HELD,
-    MARK_THEM,
-    Answer,
-    answer_of_resumed_run,
+    answer_to_this_run,
     ask_in_the_ui,
     can_ask,
-    hold_of_resumed_run,
     tell_of_hold,
     this_run,
     undelivered_answers,
@@ -46,7 +42,6 @@ from orphan_recovery.flow_tasks import (
     behind,
     decide,
     detect,
-    errors_in_a_line,
     look_again,
     mark,
     mark_pages,
@@ -55,7 +50,7 @@ from orphan_recovery.flow_tasks import (
     summarise,
     unseen,
 )
-from orphan_recovery.hold import Decision, approve, ended_holds, is_open
+from orphan_recovery.hold import Decision, ended_holds
 from orphan_recovery.judge import Progress
 from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
@@ -144,14 +139,16 @@ async def recover_orphaned_runs(
 
 async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
     request, target = report.request, report.request.target.name
+    told = list[str]()
     if is_enabled():
         log_start(request)
         engine = make_engine(address(request.target))
         try:
-            if (answer := await answer_of_resumed_run()) is not None:
-                refusal = await _heed(engine, target, hold_of_resumed_run(), answer)
-                if refusal is not None:
-                    return Completed(message=refusal)
+            if (given := await answer_to_this_run()) is not None:
+                heeded = await heed(engine, target, given)
+                if heeded.is_left:
+                    return Completed(message=heeded.told)
+                told += [] if heeded.is_released else [heeded.told]
             await _sweep(engine, report, task_each_up_to)
         finally:
             await engine.dispose()
@@ -160,8 +157,8 @@ async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
     log_end(report)
     await _show(report)
     if report.ended_well:
-        return Completed(message=report.headline(), data=report.as_dict())
-    message = report.headline()
+        message = "; ".join((report.headline(), *told))
+        return Completed(message=message, data=report.as_dict())
     if report.held is not None:
         asker = await who_asks(report)
         left = None if asker else await who_left_them(report)
@@ -170,41 +167,13 @@ async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
             tell_of_hold(report)
         if asks:
             await ask_in_the_ui(report)  # ends this process
-        message += f"; flow run {asker} waits for the answer" if asker else ""
+        if asker:
+            told.append(f"flow run {asker} waits for the answer")
         if left is not None:
-            message += f"; {left.in_words(report.held.hold_id, target)}"
+            told.append(left.in_words(report.held.hold_id, target))
     name = HELD if report.is_held else "Failed"
+    message = "; ".join((report.headline(), *told))
     return Failed(name=name, message=message, data=SweepFailed(report))
-
-
-async def _heed(
-    engine: AsyncEngine, target: str, hold_id: UUID | None, answer: Answer
-) -> str | None:
-    """Record what a person answered about a hold.
-
-    Returns:
-        Why there is nothing more to do; None if the sweep may go on.
-    """
-    if hold_id is None:
-        return (
-            "the answer was not heeded, for this flow run has lost the tag that names its hold: "
-            "release it with `orphan-recovery approve HOLD`; `orphan-recovery doctor` names it"
-        )
-    with errors_in_a_line():
-        async with transaction(engine) as connection:
-            if not await is_open(connection, hold_id):
-                return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
-            if answer.decision != MARK_THEM:
-                return f"hold {hold_id} stands: {answer.in_words(hold_id, target)}"
-            await approve(
-                connection,
-                str(hold_id),
-                by=f"{answer.your_name}, in Prefect's UI",
-                lasting=timedelta(minutes=answer.for_minutes),
-                note=answer.note or None,
-            )
-    get_run_logger().warning("hold %s was released by %s", hold_id, answer.your_name)
-    return None
 
 
 async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int) -> None:
@@ -214,8 +183,8 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         tell_of(look, report)
         if look.doubt is not None and not request.dry_run:
             look = await _look_again(engine, report, look, look.doubt)
-        async for hold_id, answer in undelivered_answers(look.open_holds):
-            await _heed(engine, request.target.name, hold_id, answer)
+        async for given in undelivered_answers(look.open_holds):
+            await heed(engine, request.target.name, given)
         decision = await decide(engine, report, look)
         report.held = decision.held
         to_judge = min(look.fleet.orphans, request.limit or look.fleet.orphans)
