@@ -57,7 +57,7 @@ from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport
 from orphan_recovery.report_pages import as_markdown, as_table
-from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
+from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, MOST_RUNS, SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
 from orphan_recovery.slices import is_sliceable
@@ -98,7 +98,7 @@ async def recover_orphaned_runs(
     dry_run: bool = False,
     tenant: Annotated[str, Field(min_length=1)] | None = None,
     worker: Annotated[str, Field(min_length=1)] | None = None,
-    limit: Annotated[int, Field(ge=1)] | None = None,
+    limit: Annotated[int, Field(ge=1, le=MOST_RUNS)] | None = None,
     reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_LENGTH)] = DEFAULT_REASON,
     task_each_up_to: Annotated[int, Field(ge=0, le=MOST_TASKS)] = 1_000,
 ) -> State[Any]:
