@@ -24,7 +24,7 @@ from orphan_recovery.database import describe, transaction
 from orphan_recovery.detect import detect as detect_orphans
 from orphan_recovery.hold import Decision
 from orphan_recovery.judge import Progress, judge_slices
-from orphan_recovery.judge_pages import judge_pages
+from orphan_recovery.judge_pages import MARKED_LEVEL, judge_pages
 from orphan_recovery.mark import log_verdict
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_transient, retry_plan
@@ -159,7 +159,7 @@ async def mark_slices(
     engine: AsyncEngine, request: SweepRequest, decision: Decision, progress: Progress
 ) -> Progress:
     """Mark so many orphans as a few seconds allow, slice by slice, each in its own transaction."""
-    with errors_in_a_line():
+    with errors_in_a_line(), _marks_told_quietly():
         await judge_slices(engine, request, progress, decision.among, seconds=STRETCH_SECONDS)
     get_run_logger().info("%d orphans judged", progress.detected)
     return progress
@@ -170,8 +170,18 @@ async def mark_pages(
     engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
 ) -> None:
     """Mark, page by page, what no slice has taken; a dry run lists it. Adds what failed."""
-    with errors_in_a_line(), _telling_how_far(report):
+    with errors_in_a_line(), _marks_told_quietly(), _telling_how_far(report):
         await judge_pages(engine, report, decision.among, failed)
+
+
+@contextmanager
+def _marks_told_quietly() -> Iterator[None]:
+    """The flow run's log says how many were marked, and its artifact which."""
+    before = MARKED_LEVEL.set(logging.INFO)
+    try:
+        yield
+    finally:
+        MARKED_LEVEL.reset(before)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from orphan_recovery.attempt import in_transaction
 from orphan_recovery.detect import Among
 from orphan_recovery.hold import Decision
-from orphan_recovery.judge_pages import PAGE, judge_pages, mark_page
+from orphan_recovery.judge_pages import PAGE, judge_pages, mark_page, tell_of_verdict
 from orphan_recovery.lane import (
     ASK_AGAIN_SECONDS,
     LANES,
@@ -31,7 +31,6 @@ from orphan_recovery.lane import (
     enter,
 )
 from orphan_recovery.log import logger
-from orphan_recovery.mark import log_verdict
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
@@ -219,7 +218,7 @@ async def _judge_slice(
     if part.runs:
         log_detected(part.runs)
     for verdict in part.verdicts:
-        log_verdict(verdict, request)
+        tell_of_verdict(verdict, request)
     if part.marked and not shown:
         fields = {"target": request.target.name, "sweep_id": str(request.sweep_id)}
         logger.warning("orphan_runs_marked_crashed", extra={**fields, "count": part.marked})

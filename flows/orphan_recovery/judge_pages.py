@@ -6,6 +6,8 @@ looked at anew a few times, and only then waited for, each by itself.
 """
 
 import asyncio
+import logging
+from contextvars import ContextVar
 from functools import partial
 from typing import Final
 
@@ -27,6 +29,9 @@ PAGE: Final = 500
 PATIENCE: Final = 8
 """Rounds in which rows that others hold, such as another sweep's slice, are looked at anew before
 each of them is waited for by itself; each after twice as long, two and a half seconds in all."""
+MARKED_LEVEL: Final = ContextVar("marked_level", default=logging.WARNING)
+"""At which a mark is logged. Prefect prints of an event no more than its name: of a thousand of
+them a worker's console would be full, and tell nothing."""
 
 
 async def judge_pages(
@@ -118,7 +123,7 @@ async def mark_page(
         return first + await mark_page(engine, request, runs[middle:])
     for verdict in verdicts:
         if verdict is not None:
-            log_verdict(verdict, request)
+            tell_of_verdict(verdict, request)
     return verdicts
 
 
@@ -131,11 +136,16 @@ async def _mark_held(
             verdict = await in_transaction(engine, lambda db: mark_one(db, request, run))
         except Exception as error:
             return _failure(request, run, error)
-    log_verdict(verdict, request)
+    tell_of_verdict(verdict, request)
     return verdict
 
 
 def _failure(request: SweepRequest, run: WorkerRun, error: Exception) -> Verdict:
     verdict = Verdict(run=run, outcome=Outcome.FAILED, error=describe(error))
-    log_verdict(verdict, request)
+    tell_of_verdict(verdict, request)
     return verdict
+
+
+def tell_of_verdict(verdict: Verdict, request: SweepRequest) -> None:
+    """Log a verdict, a mark at the level that was chosen for marks."""
+    log_verdict(verdict, request, marked_level=MARKED_LEVEL.get())
