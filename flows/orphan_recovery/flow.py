@@ -9,7 +9,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Completed, Failed
 from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -63,6 +64,7 @@ from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
 from orphan_recovery.slices import is_sliceable
 from orphan_recovery.sweep import (
     Look,
+    finish,
     is_enabled,
     log_detected,
     log_doubt,
@@ -79,6 +81,8 @@ MOST_TASKS = 10_000
 BEAT = "orphan-recovery.beat"
 BEAT_SECONDS = 120.0
 """Between two events that say that a sweep is at work still; the first comes after as long."""
+CLOSING_SECONDS = 5.0
+"""How long a sweep that is told to stop may take to say so in the ledger."""
 TASKS_AT_ONCE = 64
 """Task runs side by side. They mark together, so that each needs no connection of its own."""
 
@@ -192,6 +196,9 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         await mark_all(engine, report, decision, failed)
     except Exception as error:
         report.error = describe(behind(error))
+    except (Pause, TerminationSignal, asyncio.CancelledError):
+        await _close_at_once(engine, report, failed, decision)
+        raise
     if report.fleet is None:  # it never began, and has nothing to close
         return
     try:
@@ -202,6 +209,19 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         report.error = report.error or describe(behind(error))
     else:
         await _withdraw_questions(engine, request)
+
+
+async def _close_at_once(
+    engine: AsyncEngine, report: SweepReport, failed: list[Verdict], decision: Decision | None
+) -> None:
+    """Prefect ends this flow run: say so in the ledger, for no task run can be begun any more."""
+    if report.fleet is None:
+        return
+    report.error = "the flow run was suspended, cancelled or told to stop while it swept"
+    close = partial(finish, report=report, failed=failed, decision=decision)
+    with suppress(Exception):  # then it stays open there, as that of a sweep that was killed
+        async with asyncio.timeout(CLOSING_SECONDS):
+            await in_transaction(engine, close)
 
 
 async def _withdraw_questions(engine: AsyncEngine, request: SweepRequest) -> None:
