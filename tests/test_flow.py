@@ -170,8 +170,14 @@ async def test_more_orphans_than_are_worth_a_task_run_each_are_marked_in_slices(
     assert (told["ended_as"], told["detected"], told["marked"]) == ("completed", 1_200, 1_200)
 
 
+def loud_marks(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Of each, a worker's console would show a bare name."""
+    marks = [r for r in caplog.records if r.message == "orphan_run_marked_crashed"]
+    return [record for record in marks if record.levelno > logging.INFO]
+
+
 async def test_many_that_cannot_be_taken_in_slices_are_marked_by_one_task_run(
-    db: Database, api: Api
+    db: Database, api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     orphans = db.add_orphans(30)
     state = await sweep(api, limit=20, task_each_up_to=10)
@@ -183,6 +189,7 @@ async def test_many_that_cannot_be_taken_in_slices_are_marked_by_one_task_run(
         "summarise",
     }
     assert db.outcomes() == dict.fromkeys(orphans[:20], "marked")
+    assert loud_marks(caplog) == []
 
 
 async def test_while_it_marks_page_by_page_it_tells_how_far_it_is(
@@ -217,7 +224,7 @@ async def test_what_the_limit_leaves_counts_when_task_runs_are_few_enough(
 
 
 async def test_slices_that_meet_a_bad_row_mark_the_rest_and_fail_the_flow_run(
-    db: Database, api: Api
+    db: Database, api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     orphans = db.add_orphans(30)
     db.poison(orphans[7])
@@ -228,6 +235,7 @@ async def test_slices_that_meet_a_bad_row_mark_the_rest_and_fail_the_flow_run(
     )
     assert db.outcomes() == {**dict.fromkeys(orphans, "marked"), orphans[7]: "failed"}
     assert db.status(orphans[7]) == "running"
+    assert loud_marks(caplog) == []
 
 
 async def test_slices_that_lose_their_database_end_the_sweep_loudly(
@@ -308,6 +316,7 @@ async def test_a_direct_call_of_a_failed_sweep_raises_with_its_report(
         {"worker": ""},
         {"tenant": ""},
         {"limit": 0},
+        {"limit": 2**31},
         {"task_each_up_to": -1},
         {"task_each_up_to": 10_001},
         {"reason": ""},

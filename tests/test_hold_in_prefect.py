@@ -6,15 +6,22 @@ Executed by a real worker of a real work pool, and asked over the API that the U
 import asyncio
 import os
 import re
+import signal
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
+from prefect import flow
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.all_targets_flow import recover_all_targets
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
+from orphan_recovery.flow_heed import Heeded, heed
+from orphan_recovery.flow_hold import Answer, Given
 from prefect_support import Api, client_of, deploy, flow_run_of, marks, run, sweep, working
 from support import Database, database_of_its_own, until
 
@@ -106,6 +113,14 @@ def resume(api: Api, flow_run: dict[str, Any], answer: dict[str, Any] | None) ->
     return result
 
 
+def retry(api: Api, flow_run: dict[str, Any]) -> dict[str, Any]:
+    """What the UI's button does; the flow run once it has ended anew."""
+    state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
+    path = f"/flow_runs/{flow_run['id']}/set_state"
+    api.call("POST", path, {"state": state, "force": True}).raise_for_status()
+    return api.await_state(flow_run["id"], "PAUSED", *ENDS)
+
+
 def events(api: Api, name: str) -> list[dict[str, Any]]:
     found = api.call("POST", "/events/filter", {"filter": {"event": {"name": [name]}}})
     events: list[dict[str, Any]] = found.raise_for_status().json()["events"]
@@ -121,11 +136,14 @@ def is_told(api: Api, event: str, flow_run: dict[str, Any]) -> bool:
     return any(about(found, flow_run) for found in events(api, event))
 
 
+def pid_of(flow_run: dict[str, Any]) -> int:
+    return int(str(flow_run["infrastructure_pid"]).rpartition(":")[2])
+
+
 def is_gone(flow_run: dict[str, Any]) -> bool:
     """Whether the process that executed it has ended."""
-    pid = int(str(flow_run["infrastructure_pid"]).rpartition(":")[2])
     try:
-        os.kill(pid, 0)
+        os.kill(pid_of(flow_run), 0)
     except ProcessLookupError:
         return True
     return False
@@ -180,6 +198,10 @@ def test_a_held_sweep_waits_in_the_ui_and_marks_its_runs_once_a_person_says_so(
         {"decision": "mark them crashed"},
         {"your_name": "Ada L."},
         {**YES, "your_name": ""},
+        {**YES, "your_name": " \t"},
+        {**YES, "your_name": "Ada\x00L."},
+        {**YES, "your_name": "A" * 201},
+        {**YES, "note": "the rack\x00"},
         {**YES, "decision": "certainly"},
         {**YES, "decision": True},
         {**YES, "for_minutes": 0},
@@ -196,15 +218,24 @@ def test_a_held_sweep_waits_in_the_ui_and_marks_its_runs_once_a_person_says_so(
     assert "12 orphaned runs detected: 12 marked crashed" in ended["state"]["message"]
     assert {fleet.status(run) for run in silent} == {"crashed"}
     assert set(marks(api.task_runs(held["id"]))) == set(silent)
-    answered = "not suspended again, whatever the line above says: Ada L. has answered, mark them"
+    answered = f"hold {hold['hold_id']} was released by Ada L."
     until(lambda: answered in str(api.logs(held["id"])), "the log's word")
+    assert str(api.logs(held["id"])).count("Suspending flow run") == 1
     [approval] = approvals(fleet, hold)
     assert approval["approved_by"] == "Ada L., in Prefect's UI"
     assert approval["note"] == "rack on fire"
-    assert (approval["expires_at"] - approval["approved_at"]).total_seconds() == 15 * 60
+    for_seconds = (approval["expires_at"] - approval["approved_at"]).total_seconds()
+    assert 14 * 60 < for_seconds < 15 * 60, "it counts from when it was given"
     last = fleet.sweeps()[-1]
     assert (last["ended_as"], last["marked"]) == ("completed", 12)
     assert held["id"] in last["asked_by"]
+
+    path = f"/flow_runs/{held['id']}/input/{keys['response']}"
+    assert api.call("GET", path).status_code == 404, "it is heeded once"
+    again = retry(api, held)
+    assert again["state_type"] == "COMPLETED"
+    assert again["state"]["message"].startswith("no orphaned run found")
+    assert approvals(fleet, hold) == [approval]
 
 
 def test_one_flow_run_asks_about_a_hold_and_later_ones_point_to_it(
@@ -242,6 +273,9 @@ def test_a_question_that_somebody_cancelled_is_asked_anew(api: Api, fleet: Datab
     first = start_held(api)
     path = f"/flow_runs/{first['id']}/set_state"
     api.call("POST", path, {"state": {"type": "CANCELLED"}, "force": True}).raise_for_status()
+    again = retry(api, first)  # nobody has answered it, and it can ask but once
+    assert (again["state_type"], again["state_name"]) == ("FAILED", "Held")
+    assert again["state"]["message"].startswith("HELD: 12 of 12 workers look dead")
     second = start_held(api)
     assert (second["state_type"], second["state_name"]) == ("PAUSED", "Held")
     until(partial(is_told, api, "orphan-recovery.held", second), "the event")
@@ -270,6 +304,92 @@ def test_an_answer_whose_flow_run_prefect_cancels_is_heeded_by_the_next_sweep(
     assert {fleet.status(run) for run in silent} == {"crashed"}
     api.await_state(api.start("scheduled").json()["id"], "COMPLETED")
     assert approvals(fleet, hold) == [approval], "it is heeded once"
+
+
+def test_an_answer_whose_flow_run_was_killed_is_heeded_by_the_next_sweep(
+    api: Api, fleet: Database
+) -> None:
+    silent = in_flight(fleet)
+    held = start_held(api)
+    hold = open_hold(fleet)
+    with fleet.connect() as blocker:  # so that it can be killed before it has heeded it
+        blocker.execute("LOCK TABLE orphan_recovery.holds IN ACCESS EXCLUSIVE MODE")
+        assert resume(api, held, YES)["status"] == "ACCEPT"
+        fleet.await_lock_wait()
+        os.kill(pid_of(api.flow_run(held["id"])), signal.SIGKILL)
+        assert api.await_state(held["id"], *ENDS)["state_type"] == "CRASHED"
+        blocker.rollback()
+    assert approvals(fleet, hold) == []
+    next_one = api.await_state(api.start("scheduled").json()["id"], "PAUSED", *ENDS)
+    assert next_one["state_type"] == "COMPLETED"
+    assert [a["approved_by"] for a in approvals(fleet, hold)] == ["Ada L., in Prefect's UI"]
+    assert {fleet.status(run) for run in silent} == {"crashed"}
+
+
+async def heeded(api: Api, engine: AsyncEngine, given: Given) -> Heeded:
+    """What an answer comes to in a flow run, which is not the one that asked."""
+
+    @flow
+    async def heeds() -> Heeded:
+        return await heed(engine, "default", given)
+
+    async with api.used():
+        return await heeds()
+
+
+async def held_by_a_direct_call(api: Api, db: Database) -> dict[str, Any]:
+    add_fleet(db)
+    await sweep(api)
+    return open_hold(db)
+
+
+def given(hold_id: UUID | None, ago: timedelta) -> Given:
+    """An answer of so long ago, for an hour."""
+    return Given(Answer.model_validate(YES), datetime.now(UTC) - ago, uuid4(), hold_id)
+
+
+async def test_an_answer_counts_from_when_it_was_given_and_once(
+    api: Api, db: Database, prefect: str, engine: AsyncEngine
+) -> None:
+    """By Prefect's clock, where that makes it shorter; a pool may be down for days."""
+    hold = await held_by_a_direct_call(api, db)
+    told, is_released, _ = await heeded(api, engine, given(hold["hold_id"], timedelta(days=3)))
+    assert (is_released, approvals(db, hold)) == (False, [])
+    assert "was for 1 h and has expired before a sweep could heed it" in told
+    assert f"`orphan-recovery approve {hold['hold_id']} --target default`" in told
+
+    answer = given(hold["hold_id"], timedelta(minutes=40))
+    for _ in range(2):
+        assert (await heeded(api, engine, answer)).is_released
+    [approval] = approvals(db, hold)
+    lasts = approval["expires_at"] - approval["approved_at"]
+    assert timedelta(minutes=19) < lasts <= timedelta(minutes=20)
+
+    ahead = given(hold["hold_id"], -timedelta(days=1))
+    assert (await heeded(api, engine, ahead)).is_released
+    [_, approval] = approvals(db, hold)
+    assert approval["expires_at"] - approval["approved_at"] <= timedelta(hours=1)
+
+    told, is_released, is_left = await heeded(api, engine, given(None, timedelta()))
+    assert (is_released, is_left) == (False, False)
+    assert "this flow run has lost the tag that names its hold" in told
+
+
+async def test_an_answer_outlasts_a_lost_connection(
+    api: Api, db: Database, prefect: str, engine: AsyncEngine
+) -> None:
+    hold = await held_by_a_direct_call(api, db)
+    with db.connect() as blocker:
+        blocker.execute("LOCK TABLE orphan_recovery.approvals IN ACCESS EXCLUSIVE MODE")
+        heeding = asyncio.create_task(heeded(api, engine, given(hold["hold_id"], timedelta())))
+        await asyncio.to_thread(db.await_lock_wait)
+        db.do(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        blocker.rollback()
+    assert (await heeding).is_released
+    assert len(approvals(db, hold)) == 1
 
 
 def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all_as_it_is(
@@ -348,9 +468,11 @@ def test_an_approval_after_the_fleet_came_back_releases_nothing_and_says_so(
     ended = api.await_state(held["id"], *ENDS)
     assert ended["state_type"] == "COMPLETED"
     assert ended["state"]["message"] == (
-        "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
+        "no orphaned run found (threshold 30 minutes, 12 in flight); no answer was needed: "
+        f"hold {hold['hold_id']} has ended, since its fleet has recovered"
     )
     assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
+    assert held["id"] in fleet.sweeps()[-1]["asked_by"], "and it is a sweep"
 
 
 @pytest.mark.parametrize("ending", ["released on the command line", "ended outside of Prefect"])

@@ -1,6 +1,7 @@
 """`orphan-recovery serve`: all deployments from one process, without a work pool."""
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def test_one_process_serves_all_deployments_and_can_be_replaced(
         assert sweep["reason"] == "orphaned: worker replaced by release 2.4.1"
 
         os.kill(serving.pid, signal.SIGTERM)  # as a supervisor does, in a rolling deploy
-        serving.wait(60)
+        assert serving.wait(60) == 0
+    assert not re.findall("Warning:|Traceback", (tmp_path / "serve.log").read_text())
     left = api.deployment("scheduled")
     assert left["paused"] is False
     assert left["schedules"] == scheduled["schedules"]  # others that serve it are not silenced
@@ -63,6 +65,38 @@ def test_one_process_serves_all_deployments_and_can_be_replaced(
     # The next sweep is not put off by a restart, and what a person paused stays paused.
     assert (after["id"], after["schedule"]) == (schedule["id"], schedule["schedule"])
     assert after["active"] is False
+
+
+IMPATIENT = "import asyncio, orphan_recovery.deploy as d; d.LEAVING_SECONDS = {}; {}"
+
+
+@pytest.mark.parametrize("ends_in_time", [True, False])
+def test_a_sweep_at_work_may_end_and_none_is_left_running(
+    db: Database, api: Api, client: dict[str, str], tmp_path: Path, ends_in_time: bool
+) -> None:
+    """Else the next ones by schedule would be cancelled, for the server thinks that it runs."""
+    orphan, log = db.add_run("orphan"), tmp_path / "serve.log"
+    run_it = "asyncio.run(d.serve_deployments())"
+    command = ("python", "-c", IMPATIENT.format(60 if ends_in_time else 1, run_it))
+    with process(*command, log=log, **client) as serving, db.connect() as holder:
+        until(lambda: "serving recover-orphaned-runs/scheduled, " in log.read_text(), "its word")
+        api.pause_schedules()
+        holder.execute("SELECT FROM worker_runs WHERE id = %s FOR UPDATE", (orphan,))
+        sweep = api.start("on-demand").raise_for_status().json()
+        db.await_lock_wait()
+        os.kill(serving.pid, signal.SIGTERM)
+        until(lambda: "told to stop" in log.read_text(), "that it heard")
+        if ends_in_time:
+            assert api.flow_run(sweep["id"])["state_type"] == "RUNNING"
+            holder.rollback()
+        assert serving.wait(60) == 0
+        ended = api.flow_run(sweep["id"])["state_type"]
+    assert ended == ("COMPLETED" if ends_in_time else "CANCELLED")
+    [told] = db.sweeps()
+    assert told["ended_as"] == ("completed" if ends_in_time else "failed")
+    assert ends_in_time or "told to stop while it swept" in told["error"]
+    # Of a flow run that is cancelled, Prefect itself prints where it was.
+    assert not re.findall("Warning:|Traceback" if ends_in_time else "Warning:", log.read_text())
 
 
 @pytest.mark.parametrize("unset", ["OLD_WORKER", "RELEASE"])

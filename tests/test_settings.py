@@ -151,6 +151,7 @@ def test_a_password_is_never_shown(text: str) -> None:
         ({"worker": "a\x00b"}, "worker is"),
         ({"limit": 0}, "limit is 0"),
         ({"limit": -1}, "limit is -1"),
+        ({"limit": 2**31}, "limit is 2147483648"),
         ({"reason": ""}, "reason is ''"),
         ({"reason": "half a \ud83d"}, "reason is 'half a "),
     ],

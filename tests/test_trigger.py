@@ -1,14 +1,20 @@
 """Triggered and scheduled sweeps, executed by a real worker of a real work pool."""
 
 import re
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from sqlalchemy import make_url
 
 from alive.proxy import Proxy
+from orphan_recovery.schedule import look_up_schedule
+from orphan_recovery.target import Target
 from prefect_support import Api, client_of, deploy, process, run, working
 from support import Database, database_of_its_own, free_port, until
 
@@ -75,12 +81,46 @@ def test_a_server_without_the_deployment_is_a_usage_error(api: Api, client: dict
     assert api.find("flow_runs", deployments={"name": {"any_": ["on-demand"]}}) == []
 
 
-def test_a_server_that_cannot_be_reached_is_a_usage_error(client: dict[str, str]) -> None:
-    nowhere = f"http://127.0.0.1:{free_port()}/api"
-    done = run("orphan-recovery", "trigger", "--wait", **{**client, "PREFECT_API_URL": nowhere})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"the Prefect API at {nowhere} cannot be reached" in done.stderr
-    assert "Traceback" not in done.stderr
+@contextmanager
+def guarded() -> Iterator[str]:
+    """A server that answers as Prefect's does to whoever gives no password."""
+
+    class Refusal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"exception_message":"Unauthorized"}'
+            self.send_response(401)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815 - the base class's word
+
+        def log_message(self, *_: object) -> None:
+            """Nothing: it is the test that tells."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("command", [("trigger", "--wait"), ("serve",)], ids=" ".join)
+def test_a_server_that_cannot_be_used_is_a_usage_error_in_one_line(
+    api: Api, client: dict[str, str], shared: Database, command: tuple[str, ...]
+) -> None:
+    nowhere, beside = f"http://127.0.0.1:{free_port()}/api", api.url.removesuffix("/api")
+    with guarded() as guard:
+        for url, told in {
+            nowhere: f"the Prefect API at {nowhere} cannot be reached (ConnectError)",
+            beside: f"{beside} is no Prefect API: does PREFECT_API_URL end in /api?",
+            guard: "HTTP 401: set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY for Prefect Cloud",
+        }.items():
+            here = {"PREFECT_API_URL": url, "ORPHAN_RECOVERY_DATABASE_URL": shared.url}
+            done = run("orphan-recovery", *command, **{**client, **here})
+            assert (done.returncode, done.stdout) == (2, "")
+            assert told in done.stderr
+            assert done.stderr.count("\n") == 1
 
 
 def test_a_sweep_that_no_worker_took_in_time_stays_scheduled_and_is_no_success(
@@ -96,18 +136,25 @@ def test_a_sweep_that_no_worker_took_in_time_stays_scheduled_and_is_no_success(
     api.call("DELETE", f"/flow_runs/{flow_run}").raise_for_status()
 
 
+def test_a_server_that_asks_for_a_password_is_told_of_by_the_doctor_too() -> None:
+    with guarded() as guard, temporary_settings({PREFECT_API_URL: guard}):
+        schedule = look_up_schedule(Target())
+    assert schedule.told == f"the Prefect API at {guard} cannot be asked: HTTP 401"
+    assert "PREFECT_API_AUTH_STRING" in (schedule.way_out or "")
+
+
+@pytest.mark.parametrize("loss", ["cut", "swallow"])
 def test_a_server_that_goes_away_while_a_pipeline_waits_is_named(
-    deployed: None, api: Api, client: dict[str, str], tmp_path: Path
+    deployed: None, api: Api, client: dict[str, str], tmp_path: Path, loss: str
 ) -> None:
     with Proxy(api.url.replace("http", "postgresql", 1)) as proxy:  # it passes on any bytes
         through = f"http://127.0.0.1:{make_url(proxy.url).port}/api"
         log = tmp_path / "trigger.log"
-        asked = ("orphan-recovery", "trigger", "--wait")
-        impatient = {"PREFECT_API_URL": through, "PREFECT_CLIENT_MAX_RETRIES": "1"}
-        with process(*asked, log=log, **{**client, **impatient}) as waiting:
+        asked = ("orphan-recovery", "trigger", "--wait", "--timeout", "8")
+        with process(*asked, log=log, **{**client, "PREFECT_API_URL": through}) as waiting:
             until(lambda: "Scheduled" in log.read_text(), "a pipeline that waits")
-            proxy.cut()
-            assert waiting.wait(60) == 1
+            getattr(proxy, loss)()
+            assert waiting.wait(20) == 1, "it waits no longer than it was told to"
     told = log.read_text()
     assert f"the Prefect API at {through} was lost while waiting" in told
     assert "goes on all the same: look there, or trigger again" in told

@@ -222,7 +222,7 @@ def serve() -> None:
             address(target)  # to be told now, not by the first flow run
     from orphan_recovery.deploy import serve_deployments
 
-    asyncio.run(serve_deployments())
+    asyncio.run(serve_deployments(tell=typer.echo))
 
 
 @app.command()

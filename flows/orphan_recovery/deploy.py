@@ -5,18 +5,21 @@ where to look: the address of the flow run is told first, and only a Completed e
 """
 
 import asyncio
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import httpx
-from prefect import aserve, get_client
+from prefect import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.runner import Runner
 from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
@@ -25,23 +28,32 @@ from orphan_recovery.all_targets_flow import recover_all_targets
 from orphan_recovery.flow import recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
 from orphan_recovery.names import ALL_FLOW_NAME, ALL_TARGETS, FLOW_NAME, ON_DEMAND, SCHEDULED
+from orphan_recovery.schedule import CREDENTIALS
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target, load_targets
 
 EVERY: Final = timedelta(minutes=5)
 ANCHOR: Final = datetime(2026, 1, 1, tzinfo=UTC)
 POLL_SECONDS: Final = 2.0
+ANSWER_SECONDS: Final = 5.0
+"""How much longer than it was told to a pipeline waits for the server's last answer."""
+LEAVING_SECONDS: Final = 20.0
+"""How long sweeps may go on once `serve` is told to stop."""
 
 
-async def serve_deployments() -> None:
+async def serve_deployments(tell: Callable[[str], None] = print) -> None:
     """Offer the deployments from this process and run what they start, until interrupted.
 
-    One on a schedule for each target, and those that run on demand.
+    One on a schedule for each target, and those that run on demand. On SIGTERM it starts no more
+    sweeps, and gives those at work some seconds to end; what runs then still, ends as Cancelled.
+
+    Args:
+        tell: called with a line for people once all is offered.
 
     Raises:
-        ConfigurationError: no Prefect API is configured.
+        ConfigurationError: no Prefect API is configured or reachable, or it refused a deployment.
     """
-    _require_api()
+    api = _require_api()
     about: dict[str, Any] = {
         "entrypoint_type": EntrypointType.MODULE_PATH,
         "tags": ["orphan-recovery"],
@@ -71,7 +83,44 @@ async def serve_deployments() -> None:
     every_target = await recover_all_targets.ato_deployment(name=ALL_TARGETS, **about)
     # Not paused on shutdown: the schedule belongs to every process that serves it, and one that
     # stops in a rolling deploy must not silence the others.
-    await aserve(*scheduled, on_demand, every_target, pause_on_shutdown=False)
+    runner = _Runner(pause_on_shutdown=False, limit=None)
+    deployments = (*scheduled, on_demand, every_target)
+    async with _refused_in_a_line(api, "take the deployments"):
+        for deployment in deployments:
+            await runner.aadd_deployment(deployment)
+    names = ", ".join(f"{offered.flow_name}/{offered.name}" for offered in deployments)
+    tell(f"serving {names} for {api}, until interrupted")
+    await runner.start()
+
+
+class _Runner(Runner):
+    """Prefect's own, but that it stops in order.
+
+    Prefect's handler of SIGTERM ends the process at once: a sweep is killed, and its flow run is
+    taken for one that runs still, so that the next ones by schedule are cancelled.
+    """
+
+    _leaving: "asyncio.Task[None] | None" = None
+
+    def handle_sigterm(self, *_: Any, **__: Any) -> None:
+        """Called amid the event loop's work, wherever that is."""
+        if not self.started:
+            sys.exit(0)
+        asyncio.get_running_loop().call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        self._leaving = self._leaving or asyncio.create_task(self._let_them_end())
+
+    async def _let_them_end(self) -> None:
+        self._logger.info("told to stop: no more sweeps are started, and those at work may end")
+        try:  # by what is Prefect's own: where a later one has other names, it stops all the same
+            self._scheduled_run_poller.stopping = True
+            for _ in range(round(LEAVING_SECONDS / 0.1)):
+                if not self._process_manager.flow_run_ids():
+                    break
+                await asyncio.sleep(0.1)
+        finally:
+            await self.astop()
 
 
 def _meant_by_default() -> str | None:
@@ -110,34 +159,27 @@ async def trigger_sweep(
     deployment = f"{FLOW_NAME}/{ON_DEMAND}"
     if every_target:
         deployment = f"{ALL_FLOW_NAME}/{ALL_TARGETS}"
-    try:
-        run = await arun_deployment(
-            deployment, parameters=parameters, timeout=0, as_subflow=False, tags=["triggered"]
-        )
-    except ObjectNotFound:
-        raise ConfigurationError(
-            f"there is no deployment {deployment!r} at {api}: run `prefect --no-prompt deploy "
-            "--all` or `orphan-recovery serve`"
-        ) from None
-    except PrefectHTTPStatusError as error:
-        raise ConfigurationError(
-            f"{api} refused to start {deployment!r}: {_detail(error)}"
-        ) from None
-    except httpx.TransportError as error:
-        raise ConfigurationError(
-            f"the Prefect API at {api} cannot be reached ({type(error).__name__}): see whether "
-            "the server runs, and whether PREFECT_API_URL is right"
-        ) from None
+    async with _refused_in_a_line(api, f"start {deployment!r}"):
+        try:
+            run = await arun_deployment(
+                deployment, parameters=parameters, timeout=0, as_subflow=False, tags=["triggered"]
+            )
+        except ObjectNotFound:
+            if not await _is_api():
+                raise
+            raise ConfigurationError(
+                f"there is no deployment {deployment!r} at {api}: run `prefect --no-prompt deploy "
+                "--all` or `orphan-recovery serve`"
+            ) from None
     tell(f"flow run {run.name}: {url_for(run) or run.id}")
     if not wait:
         return run
     try:
         return await _follow(run, timeout_seconds, tell)
-    except (PrefectHTTPStatusError, httpx.TransportError) as error:
-        why = _detail(error) if isinstance(error, PrefectHTTPStatusError) else type(error).__name__
+    except (PrefectHTTPStatusError, httpx.TransportError, TimeoutError) as error:
         raise WaitingFailed(
-            f"the Prefect API at {api} was lost while waiting ({why}); flow run {run.name} goes on "
-            "all the same: look there, or trigger again"
+            f"the Prefect API at {api} was lost while waiting ({_detail(error)}); flow run "
+            f"{run.name} goes on all the same: look there, or trigger again"
         ) from None
 
 
@@ -148,7 +190,8 @@ class WaitingFailed(ConnectionError):  # noqa: N818 - named for what a pipeline 
 async def _follow(run: FlowRun, timeout_seconds: float, tell: Callable[[str], None]) -> FlowRun:
     give_up_at = time.monotonic() + timeout_seconds
     told = None
-    async with get_client() as client:
+    # Prefect's client tries again for minutes, where the server is not there any more.
+    async with asyncio.timeout(timeout_seconds + ANSWER_SECONDS), get_client() as client:
         while True:
             run = await client.read_flow_run(run.id)
             if run.state_name != told:
@@ -157,7 +200,7 @@ async def _follow(run: FlowRun, timeout_seconds: float, tell: Callable[[str], No
             held = run.state and run.state.name == HELD
             if held or (run.state and run.state.is_final()) or time.monotonic() > give_up_at:
                 return run
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(min(POLL_SECONDS, max(0, give_up_at - time.monotonic())))
 
 
 def _require_api() -> str:
@@ -171,9 +214,42 @@ def _require_api() -> str:
     return api
 
 
-def _detail(error: PrefectHTTPStatusError) -> str:
+@asynccontextmanager
+async def _refused_in_a_line(api: str, doing: str) -> AsyncIterator[None]:
+    """Raise what comes of an API that is not there, or that refuses, as a ConfigurationError."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise ConfigurationError(
+            f"the Prefect API at {api} cannot be reached ({type(error).__name__}): see whether "
+            "the server runs, and whether PREFECT_API_URL is right"
+        ) from None
+    except (ObjectNotFound, PrefectHTTPStatusError) as error:
+        refused = error if isinstance(error, PrefectHTTPStatusError) else error.http_exc
+        if not await _is_api():
+            raise ConfigurationError(
+                f"{api} is no Prefect API: does PREFECT_API_URL end in /api?"
+            ) from None
+        raise ConfigurationError(f"{api} refused to {doing}: {_detail(refused)}") from None
+
+
+async def _is_api() -> bool:
+    """Whether a Prefect server answers there; yes also where that cannot be told."""
+    async with get_client() as client:
+        error = await client.api_healthcheck()
+    status = error.response.status_code if isinstance(error, PrefectHTTPStatusError) else None
+    return status != httpx.codes.NOT_FOUND
+
+
+def _detail(error: Exception) -> str:
+    if not isinstance(error, PrefectHTTPStatusError):
+        return type(error).__name__
+    status = f"HTTP {error.response.status_code}"
+    if error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        return f"{status}: {CREDENTIALS}"
     try:
         detail = error.response.json()
-    except ValueError:
-        return f"HTTP {error.response.status_code}"
-    return str(detail.get("detail") or detail.get("exception_detail") or detail)
+        kinds = ("detail", "exception_detail", "exception_message")
+        return str(next((detail[kind] for kind in kinds if detail.get(kind)), detail))
+    except (ValueError, AttributeError):
+        return status

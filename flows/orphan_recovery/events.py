@@ -6,7 +6,9 @@ worker that beats logs its own: see :mod:`orphan_recovery.alive`.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final
 
 from orphan_recovery.detect import Fleet
@@ -64,16 +66,26 @@ def log_detected(request: SweepRequest, runs: Sequence[WorkerRun]) -> None:
     _log(logging.INFO, "orphaned_runs_detected", request, **fields)
 
 
-def log_verdict(
-    request: SweepRequest, verdict: Verdict, *, marked_level: int = logging.WARNING
-) -> None:
-    """It has given a verdict. Misses have no event of their own: the summary counts them.
+_MARKED_LEVEL: Final = ContextVar("marked_level", default=logging.WARNING)
 
-    Args:
-        request: the sweep.
-        verdict: it.
-        marked_level: how loudly to say that a run was marked. INFO where something else says so.
+
+@contextmanager
+def marks_told_quietly() -> Iterator[None]:
+    """Within it a mark is logged as INFO: something else says that the run was marked.
+
+    Of an event Prefect prints no more than its name: of a thousand of them a worker's console would
+    be full, and tell nothing.
     """
+    before = _MARKED_LEVEL.set(logging.INFO)
+    try:
+        yield
+    finally:
+        _MARKED_LEVEL.reset(before)
+
+
+def log_verdict(request: SweepRequest, verdict: Verdict) -> None:
+    """It has given a verdict. Misses have no event of their own: the summary counts them."""
+    marked_level = _MARKED_LEVEL.get()
     if verdict.outcome is Outcome.MARKED and not logger.isEnabledFor(marked_level):
         return
     run = verdict.run

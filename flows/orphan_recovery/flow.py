@@ -9,33 +9,30 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from datetime import timedelta
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any
-from uuid import UUID
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Completed, Failed
 from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.attempt import in_transaction
-from orphan_recovery.database import address, describe, make_engine, transaction
+from orphan_recovery.database import address, describe, make_engine
 from orphan_recovery.doubt import Doubt
 from orphan_recovery.events import log_detected, log_end, log_start, log_verdict
+from orphan_recovery.flow_heed import heed
 from orphan_recovery.flow_hold import (
     ASKED_FOR,
     HELD,
-    MARK_THEM,
-    Answer,
-    answer_of_resumed_run,
+    answer_to_this_run,
     ask_in_the_ui,
     can_ask,
-    hold_of_resumed_run,
     tell_of_hold,
     this_run,
     undelivered_answers,
@@ -47,7 +44,6 @@ from orphan_recovery.flow_tasks import (
     behind,
     decide,
     detect,
-    errors_in_a_line,
     look_again,
     mark,
     mark_pages,
@@ -56,18 +52,18 @@ from orphan_recovery.flow_tasks import (
     summarise,
     unseen,
 )
-from orphan_recovery.hold import Decision, approve, ended_holds, is_open
+from orphan_recovery.hold import Decision, ended_holds
 from orphan_recovery.judge import Progress
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.names import FLOW_NAME
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport
 from orphan_recovery.report_pages import as_markdown, as_table
-from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, SweepRequest
+from orphan_recovery.request import DEFAULT_REASON, MAX_REASON_LENGTH, MOST_RUNS, SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.settings import MAX_THRESHOLD_MINUTES
 from orphan_recovery.slices import is_sliceable
-from orphan_recovery.sweep import Look, is_enabled, look_until_sure, tell_of
+from orphan_recovery.sweep import Look, finish, is_enabled, look_until_sure, tell_of
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import find_target
 from orphan_recovery.verdict import Outcome, Verdict
@@ -76,6 +72,8 @@ MOST_TASKS = 10_000
 BEAT = "orphan-recovery.beat"
 BEAT_SECONDS = 120.0
 """Between two events that say that a sweep is at work still; the first comes after as long."""
+CLOSING_SECONDS = 5.0
+"""How long a sweep that is told to stop may take to say so in the ledger."""
 TASKS_AT_ONCE = 64
 """Task runs side by side. They mark together, so that each needs no connection of its own."""
 
@@ -95,7 +93,7 @@ async def recover_orphaned_runs(
     dry_run: bool = False,
     tenant: Annotated[str, Field(min_length=1)] | None = None,
     worker: Annotated[str, Field(min_length=1)] | None = None,
-    limit: Annotated[int, Field(ge=1)] | None = None,
+    limit: Annotated[int, Field(ge=1, le=MOST_RUNS)] | None = None,
     reason: Annotated[str, Field(min_length=1, max_length=MAX_REASON_LENGTH)] = DEFAULT_REASON,
     task_each_up_to: Annotated[int, Field(ge=0, le=MOST_TASKS)] = 1_000,
 ) -> State[Any]:
@@ -136,14 +134,16 @@ async def recover_orphaned_runs(
 
 async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
     request, target = report.request, report.request.target.name
+    told = list[str]()
     if is_enabled():
         log_start(request)
         engine = make_engine(address(request.target))
         try:
-            if (answer := await answer_of_resumed_run()) is not None:
-                refusal = await _heed(engine, target, hold_of_resumed_run(), answer)
-                if refusal is not None:
-                    return Completed(message=refusal)
+            if (given := await answer_to_this_run()) is not None:
+                heeded = await heed(engine, target, given)
+                if heeded.is_left:
+                    return Completed(message=heeded.told)
+                told += [] if heeded.is_released else [heeded.told]
             await _sweep(engine, report, task_each_up_to)
         finally:
             await engine.dispose()
@@ -152,8 +152,8 @@ async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
     log_end(report)
     await _show(report)
     if report.ended_well:
-        return Completed(message=report.headline(), data=report.as_dict())
-    message = report.headline()
+        message = "; ".join((report.headline(), *told))
+        return Completed(message=message, data=report.as_dict())
     if report.held is not None:
         asker = await who_asks(report)
         left = None if asker else await who_left_them(report)
@@ -162,41 +162,13 @@ async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
             tell_of_hold(report)
         if asks:
             await ask_in_the_ui(report)  # ends this process
-        message += f"; flow run {asker} waits for the answer" if asker else ""
+        if asker:
+            told.append(f"flow run {asker} waits for the answer")
         if left is not None:
-            message += f"; {left.in_words(report.held.hold_id, target)}"
+            told.append(left.in_words(report.held.hold_id, target))
     name = HELD if report.is_held else "Failed"
+    message = "; ".join((report.headline(), *told))
     return Failed(name=name, message=message, data=SweepFailed(report))
-
-
-async def _heed(
-    engine: AsyncEngine, target: str, hold_id: UUID | None, answer: Answer
-) -> str | None:
-    """Record what a person answered about a hold.
-
-    Returns:
-        Why there is nothing more to do; None if the sweep may go on.
-    """
-    if hold_id is None:
-        return (
-            "the answer was not heeded, for this flow run has lost the tag that names its hold: "
-            "release it with `orphan-recovery approve HOLD`; `orphan-recovery doctor` names it"
-        )
-    with errors_in_a_line():
-        async with transaction(engine) as connection:
-            if not await is_open(connection, hold_id):
-                return "the hold has been closed meanwhile: a later sweep saw the fleet recovered"
-            if answer.decision != MARK_THEM:
-                return f"hold {hold_id} stands: {answer.in_words(hold_id, target)}"
-            await approve(
-                connection,
-                str(hold_id),
-                by=f"{answer.your_name}, in Prefect's UI",
-                lasting=timedelta(minutes=answer.for_minutes),
-                note=answer.note or None,
-            )
-    get_run_logger().warning("hold %s was released by %s", hold_id, answer.your_name)
-    return None
 
 
 async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int) -> None:
@@ -212,8 +184,8 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         look = await open_sweep(engine, request)
         tell_of(look, report)
         look = await look_until_sure(report, look, again)
-        async for hold_id, answer in undelivered_answers(look.open_holds):
-            await _heed(engine, request.target.name, hold_id, answer)
+        async for given in undelivered_answers(look.open_holds):
+            await heed(engine, request.target.name, given)
         decision = await decide(engine, report, look)
         report.held = decision.held
         to_judge = min(look.fleet.orphans, request.limit or look.fleet.orphans)
@@ -221,6 +193,9 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         await mark_all(engine, report, decision, failed)
     except Exception as error:
         report.error = describe(behind(error))
+    except (Pause, TerminationSignal, asyncio.CancelledError):
+        await _close_at_once(engine, report, failed, decision)
+        raise
     if report.fleet is None:  # it never began, and has nothing to close
         return
     try:
@@ -231,6 +206,19 @@ async def _sweep(engine: AsyncEngine, report: SweepReport, task_each_up_to: int)
         report.error = report.error or describe(behind(error))
     else:
         await _withdraw_questions(engine, request)
+
+
+async def _close_at_once(
+    engine: AsyncEngine, report: SweepReport, failed: list[Verdict], decision: Decision | None
+) -> None:
+    """Prefect ends this flow run: say so in the ledger, for no task run can be begun any more."""
+    if report.fleet is None:
+        return
+    report.error = "the flow run was suspended, cancelled or told to stop while it swept"
+    close = partial(finish, report=report, failed=failed, decision=decision)
+    with suppress(Exception):  # then it stays open there, as that of a sweep that was killed
+        async with asyncio.timeout(CLOSING_SECONDS):
+            await in_transaction(engine, close)
 
 
 async def _withdraw_questions(engine: AsyncEngine, request: SweepRequest) -> None:

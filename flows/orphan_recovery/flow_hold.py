@@ -9,10 +9,12 @@ question that has become needless is withdrawn by it.
 """
 
 from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 from uuid import UUID
 
+import httpx
 from prefect import get_client, get_run_logger
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
@@ -24,12 +26,12 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
-from prefect.exceptions import Pause
+from prefect.exceptions import Pause, PrefectHTTPStatusError
 from prefect.flow_runs import asuspend_flow_run
 from prefect.input import RunInput, keyset_from_base_key
-from prefect.input.actions import adelete_flow_run_input, aread_flow_run_input
+from prefect.input.actions import adelete_flow_run_input
 from prefect.states import Cancelled
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.settings import APPROVED_MINUTES, MAX_APPROVED_MINUTES
@@ -42,7 +44,7 @@ ASKED_FOR: Final = timedelta(days=7)
 """How long a held flow run can be resumed; the hold itself stays open for as long as it lasts."""
 MARK_THEM: Final = "mark them crashed"
 LEAVE_THEM: Final = "leave them alone"
-_ENDED: Final = {
+ENDED: Final = {
     "released": "a person released it and its runs were marked",
     "recovered": "its fleet has recovered",
 }
@@ -51,6 +53,10 @@ _KEY: Final = "hold"
 _RESPONSE: Final = keyset_from_base_key(f"suspended-{_KEY}")["response"]
 """Where Prefect keeps what was answered."""
 
+_TEXT: Final = r"^[^\x00]*$"
+_NOT_BLANK: Final = r"^[^\x00]*[^\s\x00][^\x00]*$"
+"""What the ledger can keep: the server refuses the form by these, before anything is resumed."""
+
 
 class Answer(RunInput):
     """What the form asks of whoever resumes a held flow run."""
@@ -58,14 +64,18 @@ class Answer(RunInput):
     decision: Literal["mark them crashed", "leave them alone"] = Field(
         description="The runs that this hold names: are their workers dead?"
     )
-    your_name: str = Field(min_length=1, description="For the ledger.")
+    your_name: str = Field(
+        min_length=1, max_length=200, pattern=_NOT_BLANK, description="For the ledger."
+    )
     for_minutes: int = Field(
         default=APPROVED_MINUTES,
         ge=1,
         le=MAX_APPROVED_MINUTES,
         description="How long the approval holds, in minutes.",
     )
-    note: str = Field(default="", description="Why, for the ledger.")
+    note: str = Field(
+        default="", max_length=1_000, pattern=_TEXT, description="Why, for the ledger."
+    )
 
     def in_words(self, hold_id: UUID, target: str) -> str:
         """That a person leaves the runs of a hold alone, why, and what releases it all the same."""
@@ -76,10 +86,26 @@ class Answer(RunInput):
         )
 
 
-def hold_of_resumed_run() -> UUID | None:
-    """The hold that this flow run asked about before it was suspended."""
-    run = this_run()
-    return None if run is None else _hold_of(run)
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An answer that Prefect keeps, until it has been heeded."""
+
+    answer: Answer
+    at: datetime
+    """By Prefect's clock."""
+    flow_run_id: UUID
+    """The flow run that asked."""
+    hold_id: UUID | None
+    """What it asked about; None if it has lost the tag that says so."""
+
+    async def forget(self) -> None:
+        """Have it heeded once only: a retry of the flow run is an ordinary sweep."""
+        try:
+            await adelete_flow_run_input(_RESPONSE, flow_run_id=self.flow_run_id)
+        except PrefectHTTPStatusError as error:
+            # Another sweep may have heeded, and forgotten, it meanwhile.
+            if error.response.status_code != httpx.codes.NOT_FOUND:
+                raise
 
 
 def tell_of_hold(report: SweepReport) -> None:
@@ -112,9 +138,9 @@ async def who_left_them(report: SweepReport) -> Answer | None:
     """
     async with get_client() as client:
         for run in await _tagged(client, [_tag(_held(report).hold_id)], *TERMINAL_STATES):
-            answer = await _answer_to(run)
-            if answer is not None and answer.decision == LEAVE_THEM:
-                return answer
+            given = await _answer_to(client, run)
+            if given is not None and given.answer.decision == LEAVE_THEM:
+                return given.answer
     return None
 
 
@@ -141,38 +167,36 @@ async def ask_in_the_ui(report: SweepReport) -> None:
         await client.update_flow_run(run.id, tags=[*run.tags, _tag(_held(report).hold_id)])
     form = Answer.with_initial_data(description=_shown(report))
     try:
-        await _suspend(form)
+        await asuspend_flow_run(
+            wait_for_input=form, timeout=int(ASKED_FOR.total_seconds()), key=_KEY
+        )
     except Pause as pause:
         await _call_it_held(run.id, pause.state, report)
         raise
 
 
-async def answer_of_resumed_run() -> Answer | None:
-    """What was answered, if this flow run was held and has been resumed; else None."""
+async def answer_to_this_run() -> Given | None:
+    """What was answered to this flow run, if it was held and nobody has heeded the answer yet."""
     run = this_run()
     if run is None or _KEY not in (run.empirical_policy.pause_keys or ()):
         return None
-    answer: Answer = await _suspend(Answer)  # it has fired already: this only reads the answer
-    told = "not suspended again, whatever the line above says: %s has answered, %s"
-    get_run_logger().info(told, answer.your_name, answer.decision)
-    return answer
+    async with get_client() as client:
+        return await _answer_to(client, run)
 
 
-async def undelivered_answers(
-    hold_ids: Sequence[UUID],
-) -> AsyncIterator[tuple[UUID, Answer]]:
-    """Which of these holds were released by resuming a flow run that then was cancelled.
+async def undelivered_answers(hold_ids: Sequence[UUID]) -> AsyncIterator[Given]:
+    """Which of these holds were released by resuming a flow run that then did not heed it.
 
     Prefect cancels a flow run that is resumed while another sweep of its deployment runs, since
-    at most one does at a time. An answer is forgotten once the caller has heeded it.
+    at most one does at a time; it may also have been killed, have met a database that was not
+    there, or have found recovery switched off.
     """
     async with get_client() as client:
         for hold_id in hold_ids:
-            for run in await _tagged(client, [_tag(hold_id)], StateType.CANCELLED):
-                answer = await _answer_to(run)
-                if answer is not None and answer.decision == MARK_THEM:
-                    yield hold_id, answer
-                    await adelete_flow_run_input(_RESPONSE, flow_run_id=run.id)
+            for run in await _tagged(client, [_tag(hold_id)], *TERMINAL_STATES):
+                given = await _answer_to(client, run)
+                if given is not None and given.answer.decision == MARK_THEM:
+                    yield given
 
 
 async def withdraw_questions(ended: dict[UUID, str]) -> None:
@@ -187,7 +211,7 @@ async def withdraw_questions(ended: dict[UUID, str]) -> None:
     async with get_client() as client:
         for run in await _tagged(client, list(by_tag), StateType.PAUSED):
             [tag] = by_tag.keys() & set(run.tags)  # it can ask but once
-            told = f"no answer is needed any more: {tag} has ended, since {_ENDED[by_tag[tag]]}"
+            told = f"no answer is needed any more: {tag} has ended, since {ENDED[by_tag[tag]]}"
             await client.set_flow_run_state(run.id, Cancelled(message=told), force=True)
             get_run_logger().info("flow run %s is cancelled: %s", run.name, told)
 
@@ -219,15 +243,18 @@ async def _tagged(client: PrefectClient, tags: list[str], *types: StateType) -> 
     return await client.read_flow_runs(flow_run_filter=wanted)
 
 
-async def _answer_to(run: FlowRun) -> Answer | None:
+async def _answer_to(client: PrefectClient, run: FlowRun) -> Given | None:
     """What was answered to a flow run that asked, if anything was."""
-    told = await aread_flow_run_input(_RESPONSE, flow_run_id=run.id)
-    return Answer(**told) if told else None
-
-
-async def _suspend(form: type[Answer]) -> Any:
-    seconds = int(ASKED_FOR.total_seconds())
-    return await asuspend_flow_run(wait_for_input=form, timeout=seconds, key=_KEY)
+    kept = await client.filter_flow_run_input(run.id, _RESPONSE, limit=1, exclude_keys=set())
+    for told in kept:
+        try:
+            answer = Answer.model_validate(told.decoded_value)
+        except ValidationError:  # not by our form, or by an earlier one: nothing to act upon
+            get_run_logger().warning("what flow run %s was answered is no answer", run.name)
+            continue
+        assert told.created is not None  # noqa: S101 - the server says so of whatever it keeps
+        return Given(answer, told.created, run.id, _hold_of(run))
+    return None
 
 
 async def _call_it_held(flow_run: UUID, suspended: Any, report: SweepReport) -> None:

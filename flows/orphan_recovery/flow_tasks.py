@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import describe, transaction
 from orphan_recovery.detect import detect as detect_orphans
-from orphan_recovery.events import log_verdict
+from orphan_recovery.events import log_verdict, marks_told_quietly
 from orphan_recovery.hold import Decision
 from orphan_recovery.judge import Progress, judge_slices
 from orphan_recovery.judge_pages import judge_pages
@@ -144,8 +144,8 @@ async def mark(marks: SharedMarks, run_id: str) -> State[Any]:
     run = marks.runs[run_id]
     with errors_in_a_line():
         verdict = await marks.mark(run)
-    # Of the event Prefect would print the name alone; and it prints the state, which says it all.
-    log_verdict(marks.request, verdict, marked_level=logging.INFO)
+    with marks_told_quietly():
+        log_verdict(marks.request, verdict)
     message = (
         f"{run.id}: {verdict.outcome.value}; silent for {run.silence} by its {run.evidence.value} "
         f"when detected, threshold {run.threshold}, held by worker {run.worker_id or '(none)'}"
@@ -159,7 +159,7 @@ async def mark_slices(
     engine: AsyncEngine, request: SweepRequest, decision: Decision, progress: Progress
 ) -> Progress:
     """Mark so many orphans as a few seconds allow, slice by slice, each in its own transaction."""
-    with errors_in_a_line():
+    with errors_in_a_line(), marks_told_quietly():
         await judge_slices(engine, request, progress, decision.among, seconds=STRETCH_SECONDS)
     get_run_logger().info("%d orphans judged", progress.detected)
     return progress
@@ -170,7 +170,7 @@ async def mark_pages(
     engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
 ) -> None:
     """Mark, page by page, what no slice has taken; a dry run lists it. Adds what failed."""
-    with errors_in_a_line(), _telling_how_far(report):
+    with errors_in_a_line(), marks_told_quietly(), _telling_how_far(report):
         await judge_pages(engine, report, decision.among, failed)
 
 

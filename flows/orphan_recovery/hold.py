@@ -229,14 +229,6 @@ async def approve(
     return Approved(hold_id, max(until, was_until or until), was_until)
 
 
-async def is_open(db: Executor, hold_id: UUID) -> bool:
-    """Whether a hold still stands. Reads only."""
-    statement = select(holds.c.hold_id).where(
-        holds.c.hold_id == hold_id, holds.c.ended_at.is_(None)
-    )
-    return (await db.execute(statement)).first() is not None
-
-
 async def ended_holds(db: Executor, within: timedelta) -> dict[UUID, str]:
     """As what each hold in the ledger ended that did so within so long. Reads only."""
     statement = select(holds.c.hold_id, holds.c.ended_as).where(

@@ -19,6 +19,8 @@ from orphan_recovery.targets import find_target
 
 DEFAULT_REASON: Final = "orphaned: no sign of life from its worker"
 MAX_REASON_LENGTH: Final = 1_000
+MOST_RUNS: Final = 2**31 - 1
+"""What a limit may be at most: the ledger counts in integers of four bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +62,10 @@ class SweepRequest:
                 raise ConfigurationError(f"{name} is {value!r}: give a name, or leave it out")
         if self.returned is not None and self.worker is None:
             raise ConfigurationError("returned is given without a worker: name the worker")
-        if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
+        limit = self.limit
+        if limit is not None and (isinstance(limit, bool) or not 1 <= limit <= MOST_RUNS):
             raise ConfigurationError(
-                f"limit is {self.limit!r}: give a number of runs of at least 1, or leave it out"
+                f"limit is {limit!r}: give a number of runs from 1 to {MOST_RUNS}, or leave it out"
             )
 
     @property

@@ -11,6 +11,10 @@ from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from orphan_recovery.words import span
 
+CREDENTIALS: Final = (
+    "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY for Prefect Cloud, to what it asks for"
+)
+"""What to do about a Prefect API that answers 401 or 403."""
 DEFAULT_INTERVAL: Final = timedelta(minutes=5)
 """Between sweeps, where nobody can be asked: what prefect.yaml says."""
 
@@ -39,7 +43,11 @@ def look_up_schedule(target: Target) -> Schedule:
     try:
         deployments = _deployments(target)
     except Exception as error:  # whatever the client makes of a server that is not there
-        told = f"the Prefect API at {api} cannot be asked: {describe(error)}"
+        told = f"the Prefect API at {api} cannot be asked"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            return Schedule(f"{told}: HTTP {status}", way_out=CREDENTIALS)
+        told += f": {describe(error)}"
         return Schedule(told, way_out="see whether the server runs, and PREFECT_API_URL is right")
     if not deployments:
         return Schedule(
