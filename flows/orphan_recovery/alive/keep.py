@@ -7,16 +7,22 @@ being cancelled; and what it reports in the end is written only if the run is st
 
 import asyncio
 import ctypes
+import os
 import sys
 import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from orphan_recovery.alive.beater import Beater, Hold, await_future, beater_of, interval_for
+from sqlalchemy import URL
+
+from orphan_recovery.alive.beater import Beater, Hold, await_future
+from orphan_recovery.alive.beaters import beater_at_hand, beater_of, interval_for
 from orphan_recovery.alive.lost import RunLost
-from orphan_recovery.alive.write import Result, submit_finish
+from orphan_recovery.alive.thread import in_own_thread
+from orphan_recovery.alive.write import Result, as_text, submit_finish
 from orphan_recovery.database import address
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 
 if TYPE_CHECKING:
@@ -27,8 +33,9 @@ class keep_alive:  # noqa: N801 - used as a function
     """Beat for a run for as long as the block lasts: ``with`` or ``async with``.
 
     The beat comes from a thread of its own, so work that blocks the event loop, or that is pure
-    computation, still beats. All runs of a process share one connection and one statement a beat.
-    A beat that fails is tried again within the interval, and never raises into the block.
+    computation, still beats. All runs of a process share one connection, which is the beat's own,
+    and one statement a beat. A beat that fails is tried again within the interval, and never
+    raises into the block.
 
     Args:
         run_id: the run's key, as text; of a key of several columns, a JSON array of texts.
@@ -44,7 +51,9 @@ class keep_alive:  # noqa: N801 - used as a function
         An :class:`Alive`, on entering.
 
     Raises:
-        ConfigurationError: on entering, where the target or the interval cannot be used.
+        ConfigurationError: on entering, where the target or the interval cannot be used, or where
+            a ``with`` block with ``cancel`` is one of an event loop: that would be stopped.
+        RuntimeError: on entering, where it has been entered before: each block needs its own.
         RunLost: on leaving, with ``cancel`` where the block was stopped.
     """
 
@@ -57,17 +66,24 @@ class keep_alive:  # noqa: N801 - used as a function
         interval: float | None = None,
         cancel: bool = False,
     ) -> None:
-        self._run_id, self._worker_id = str(run_id), worker_id
+        self._run_id, self._worker_id = str(run_id), as_text(worker_id)
         self._target, self._interval, self._cancel = find_target(target), interval, cancel
         self._beater: Beater
         self._hold: Hold
+        self._is_used = False
         self._stopped = False
         """Whether the block was told to stop. Under the lock."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Alive":
+        if self._cancel and _is_in_a_loop():
+            raise ConfigurationError(
+                f"keep_alive({self._run_id!r}, cancel=True) would stop the event loop that this "
+                "block runs in: use async with"
+            )
+        self._use()
         self._thread = threading.get_ident()
-        self._beater = self._find_beater()
+        self._beater = self._find_beater(*self._asked())
         return self._begin(self._interrupt)
 
     def __exit__(
@@ -76,6 +92,8 @@ class keep_alive:  # noqa: N801 - used as a function
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._is_a_copy:
+            return
         with self._lock:  # nobody interrupts a thread at a door of a block
             stopped, self._cancel = self._stopped, False
         self._beater.release(self._hold)
@@ -83,11 +101,12 @@ class keep_alive:  # noqa: N801 - used as a function
             raise self._lost() from None
 
     async def __aenter__(self) -> "Alive":
+        self._use()
         self._loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None  # noqa: S101 - inside a coroutine
         self._task = task
         self._cancelling = task.cancelling()
-        self._beater = await asyncio.to_thread(self._find_beater)
+        self._beater = self._at_hand() or await self._sought()
         # From here to the block nothing is awaited: a cancellation arrives in it, or not at all.
         return self._begin(self._cancel_task)
 
@@ -97,6 +116,8 @@ class keep_alive:  # noqa: N801 - used as a function
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._is_a_copy:
+            return
         with self._lock:
             self._beater.release(self._hold)
             stopped, self._cancel = self._stopped, False
@@ -104,14 +125,43 @@ class keep_alive:  # noqa: N801 - used as a function
         if stopped and self._task.uncancel() <= self._cancelling and kind in _CANCELLED:
             raise self._lost() from error
 
-    def _find_beater(self) -> Beater:
+    def _use(self) -> None:
+        with self._lock:
+            if self._is_used:
+                raise RuntimeError(
+                    f"this keep_alive({self._run_id!r}) has been entered before: make one for "
+                    "each block"
+                )
+            self._is_used = True
+
+    @property
+    def _is_a_copy(self) -> bool:
+        """Whether this is the child of a fork that the block was made before: it keeps nothing
+        alive there, and whoever held a lock of it has stayed behind."""
+        return self._beater.pid != os.getpid()
+
+    def _at_hand(self) -> Beater | None:
+        """The beater, if nothing has to be waited for, such as an address that Prefect keeps."""
+        if self._target.database_url_secret:
+            return None
+        return beater_at_hand(*self._asked())
+
+    async def _sought(self) -> Beater:
+        """The beater, however long it takes. The loop's own threads may all be at work."""
+        return await await_future(in_own_thread(lambda: self._find_beater(*self._asked())))
+
+    def _asked(self) -> tuple[Target, URL, float]:
         if self._target.lock == "worker" and self._worker_id is None:
             raise ConfigurationError(
                 f"target {self._target.name!r} keeps a lock for each worker: name the worker that "
                 f"holds run {self._run_id!r}"
             )
         interval = interval_for(self._target, self._interval)
-        beater = beater_of(self._target, address(self._target), interval)
+        return self._target, address(self._target), interval
+
+    @staticmethod
+    def _find_beater(target: Target, url: URL, interval: float) -> Beater:
+        beater = beater_of(target, url, interval)
         beater.require_place()
         return beater
 
@@ -142,6 +192,14 @@ class keep_alive:  # noqa: N801 - used as a function
     def _lost(self) -> RunLost:
         assert self._hold.lost is not None  # noqa: S101 - it is what stopped the block
         return self._hold.lost
+
+
+def _is_in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Stop(BaseException):
