@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 import threading
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL
@@ -182,11 +182,18 @@ class keep_alive:  # noqa: N801 - used as a function
         with self._lock:
             if not self._cancel or self._stopped:
                 return
-            if not _is_at_a_door(self._thread):
+            interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
+            thread, stop = ctypes.c_ulong(self._thread), ctypes.py_object(_Stop)
+            frame = sys._current_frames().get(self._thread)
+            at = None if frame is None else frame.f_lasti
+            if not _is_at_a_door(self._thread, frame):
                 self._stopped = True
-                stop = ctypes.py_object(_Stop)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), stop)
-                return
+                # From the comparison to the interruption no other thread can go on. Before it one
+                # may have: then it is nobody knows where, and it is looked at anew.
+                if frame is None or frame.f_lasti == at:
+                    interrupt(thread, stop)
+                    return
+                self._stopped = False
         self._beater.later(_AT_A_DOOR_SECONDS, lambda: self._interrupt(lost))
 
     def _lost(self) -> RunLost:
@@ -211,9 +218,12 @@ _DOORS = (keep_alive.__enter__.__code__, keep_alive.__exit__.__code__)
 _AT_A_DOOR_SECONDS = 0.01
 
 
-def _is_at_a_door(thread: int) -> bool:
-    """Whether a thread is entering or leaving a block: what is raised there escapes the block."""
+def _is_at_a_door(thread: int, seen: FrameType | None) -> bool:
+    """Whether a thread is entering or leaving a block, where what is raised escapes the block; or
+    has left the frame in which it was seen a moment ago."""
     frame = sys._current_frames().get(thread)
+    if frame is not seen:
+        return True
     while frame is not None:
         if frame.f_code in _DOORS:
             return True
