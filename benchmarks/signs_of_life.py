@@ -24,7 +24,7 @@ from psycopg.rows import dict_row
 from rich.console import Console
 from rich.table import Table
 
-from orphan_recovery.alive.beater import beater_of
+from orphan_recovery.alive.beaters import beater_of
 from orphan_recovery.database import database_url
 from orphan_recovery.embedded import embedded_postgres
 from orphan_recovery.migrate import migrate

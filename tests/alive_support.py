@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from alive.proxy import Proxy
-from orphan_recovery.alive import beater
+from orphan_recovery.alive import beaters
 from orphan_recovery.demo.processes import Child, Processes
 from orphan_recovery.policy import RetryPlan
 from orphan_recovery.recover import run_sweep
@@ -139,9 +139,9 @@ def proxy(db: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 def no_beater_is_left() -> Iterator[None]:
     """What beats in this process ends with the test whose database it beats in."""
     yield
-    for one in beater._beaters.values():
+    for one in beaters._beaters.values():
         one.stop()
-    beater._beaters.clear()
+    beaters._beaters.clear()
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 """Alive: a block whose run is lost is stopped, and nothing else is."""
 
 import asyncio
+import sys
+import threading
+from types import FrameType
 from uuid import uuid4
 
 import pytest
 
 from alive_support import OFTEN, Beats, Workers, await_end, await_line, complete, stall
-from orphan_recovery.alive import RunLost, keep_alive
+from orphan_recovery.alive import RunLost, keep, keep_alive
 from support import Database, until
 
 pytestmark = pytest.mark.usefixtures("no_beater_is_left", "the_minute_has_begun")
@@ -163,6 +166,30 @@ async def test_an_exception_of_work_that_is_interrupted_is_not_replaced(db: Data
     await asyncio.to_thread(work)
     [error] = raised
     assert isinstance(error, ZeroDivisionError)
+
+
+def test_a_thread_that_leaves_the_block_meanwhile_is_not_interrupted(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was seen within the block; before it could be interrupted, it had its turn, and left."""
+    db.add_run("run")
+    complete(db, "run")
+    looked = threading.Event()
+    is_at_a_door, main = keep._is_at_a_door, threading.get_ident()
+
+    def look(thread: int, seen: FrameType | None) -> bool:
+        told = is_at_a_door(thread, seen)
+        if not looked.is_set():
+            looked.set()
+            until(lambda: is_at_a_door(main, sys._current_frames()[main]), "the thread at a door")
+        return told
+
+    monkeypatch.setattr(keep, "_is_at_a_door", look)
+    with keep_alive("run", cancel=True, interval=OFTEN):
+        while not looked.is_set():
+            pass
+    for _ in range(100_000):  # nor later
+        pass
 
 
 async def test_of_nested_blocks_the_one_whose_run_is_lost_says_so(db: Database) -> None:

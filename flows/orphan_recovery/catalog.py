@@ -12,6 +12,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import UserDefinedType
 
+from orphan_recovery.policy import is_outage, is_transient, sqlstate
+
 
 class CatalogType(UserDefinedType[Any]):
     """A type of the database's, by the name that the server quoted. Values travel as text."""
@@ -266,6 +268,9 @@ def similar(connection: Connection, name: str) -> list[str]:
     return list(connection.scalars(statement, {"name": name}))
 
 
+_NO_RIGHT: Final = "42501"
+
+
 def accepts(
     connection: Connection, relation: Relation, column: str, value: str, *, written: bool
 ) -> str | None:
@@ -274,6 +279,10 @@ def accepts(
     Returns:
         None if it can, else why not. Where the type itself refuses the value, such as a domain,
         the transaction is to be rolled back.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: what says nothing of the value: a connection that is lost, a
+            lock that is not to be had, a right that is missing.
     """
     facts = relation.columns[column]
     if facts.labels and value not in facts.labels:
@@ -292,7 +301,10 @@ def accepts(
     try:
         if connection.scalar(statement, {"value": value}):
             return None
-    except DBAPIError as error:  # the type itself refuses it: a domain, a number
+    except DBAPIError as error:
+        if is_transient(error) or is_outage(error) or sqlstate(error) == _NO_RIGHT:
+            raise
+        # The type itself refuses it: a domain, a number.
         message = " ".join(str(error.orig).partition("CONTEXT")[0].split())
         return f"it is {facts.declared} ({message})"
     return f"the table has the condition {' and '.join(conditions)}"

@@ -184,11 +184,29 @@ def this_database() -> ScalarSelect[Any]:
     return named.where(column("datname") == func.current_database()).scalar_subquery()
 
 
-def make_engine(url: URL) -> AsyncEngine:
-    """An engine of our own; nothing connects before it is used. Dispose of it when done."""
+def make_engine(url: URL, connections: int = POOL_SIZE) -> AsyncEngine:
+    """An engine of our own; nothing connects before it is used. Dispose of it when done.
+
+    Args:
+        url: the database.
+        connections: at most so many, and so transactions side by side.
+
+    Raises:
+        ConfigurationError: the address has an option that cannot be used, such as a plugin.
+    """
+    try:
+        return _engine(url, connections)
+    except ArgumentError as error:
+        raise ConfigurationError(
+            f"the database address has an option that cannot be used ({describe(error)}): "
+            "take it out"
+        ) from None
+
+
+def _engine(url: URL, connections: int) -> AsyncEngine:
     return create_async_engine(
         url,
-        pool_size=POOL_SIZE,
+        pool_size=connections,
         max_overflow=0,
         isolation_level="READ COMMITTED",
         hide_parameters=True,

@@ -5,9 +5,52 @@ their fields through :class:`EventFormatter`, or says no more than why it waits.
 """
 
 import logging
-from typing import Final
+import sys
+import traceback
+from contextlib import suppress
+from typing import Any, Final
 
-logger: Final = logging.getLogger("orphan_recovery")
+
+class _Unfailing(logging.Logger):
+    """A logger whose caller goes on, whatever a host's logging makes of an event.
+
+    Its own factory of records may have a field of a name that an event has, which the standard
+    library refuses; its filters and handlers may raise. A sweep, or a beat, is worth more.
+    """
+
+    def makeRecord(  # noqa: N802 - the standard library's own name
+        self,
+        name: Any,
+        level: Any,
+        fn: Any,
+        lno: Any,
+        msg: Any,
+        args: Any,
+        exc_info: Any,
+        func: Any = None,
+        extra: Any = None,
+        sinfo: Any = None,
+    ) -> logging.LogRecord:
+        record = super().makeRecord(name, level, fn, lno, msg, args, exc_info, func, None, sinfo)
+        vars(record).update(extra or {})
+        return record
+
+    def handle(self, record: logging.LogRecord) -> None:
+        try:
+            super().handle(record)
+        except Exception:  # told as logging tells what goes wrong in a handler
+            if logging.raiseExceptions:
+                with suppress(Exception):
+                    traceback.print_exc(file=sys.stderr)
+
+
+def _unfailing(found: logging.Logger) -> logging.Logger:
+    """The same logger, of whatever class the host has given it, and unfailing."""
+    found.__class__ = type(_Unfailing.__name__, (_Unfailing, type(found)), {})
+    return found
+
+
+logger: Final = _unfailing(logging.getLogger("orphan_recovery"))
 """Emits the events that ``docs/events.md`` explains, one by one."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}

@@ -163,8 +163,10 @@ def quick(asked: argparse.Namespace) -> None:
                 entered = time.perf_counter()
                 with block(asked, run, cancel=True) as alive:
                     if turn % 50 == 0:  # how long it takes to be told
-                        alive.is_lost.wait(5)
-                        typical = (typical + time.perf_counter() - entered) / 2
+                        try:
+                            alive.is_lost.wait(5)
+                        finally:  # by then it is interrupted, too
+                            typical = (typical + time.perf_counter() - entered) / 2
                     elif turn % 2:
                         end = entered + random.uniform(0.5, 1.3) * typical  # noqa: S311
                         while time.perf_counter() < end:

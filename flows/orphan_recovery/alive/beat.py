@@ -8,7 +8,7 @@ for long must not keep the others from beating.
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
@@ -40,6 +40,10 @@ from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.targets import where
 
+REFUSALS: Final = (DBAPIError, UnicodeError)
+"""What the database, or already the way to it, raises for a run that it does not take: half of a
+character, such as a file's name may have, cannot even be sent."""
+
 Run = tuple[str, str | None]
 """A run's key as it was given, and its worker."""
 
@@ -68,22 +72,22 @@ def require_beat(table: RunsTable) -> None:
         )
 
 
-async def beat_for(engine: AsyncEngine, target: Target, runs: Sequence[Run]) -> Beaten:
+async def beat_for(
+    engine: AsyncEngine, target: Target, runs: Sequence[Run], beaten: Beaten
+) -> None:
     """Give a sign of life for each of ``runs``. Commits.
 
     Args:
         engine: where the runs are.
         target: whose they are.
         runs: as in :func:`beat`.
-
-    Returns:
-        As :func:`beat`; and what was refused.
+        beaten: is told what :func:`beat` returns, and what was refused, part by part: what has
+            come through by then is so whatever happens to the rest.
 
     Raises:
         ConfigurationError: the target does not fit, or has no place for a beat.
         sqlalchemy.exc.DBAPIError: as the database raised it, where it was about no single run.
     """
-    beaten = Beaten({}, {}, {})
 
     async def give(some: Sequence[Run]) -> None:
         async with transaction(engine) as db:
@@ -94,7 +98,6 @@ async def beat_for(engine: AsyncEngine, target: Target, runs: Sequence[Run]) -> 
         beaten.lost.update(told.lost)
 
     await one_by_one_at_worst(give, runs, beaten.refused)
-    return beaten
 
 
 async def one_by_one_at_worst(
@@ -110,17 +113,18 @@ async def one_by_one_at_worst(
 
     Raises:
         sqlalchemy.exc.DBAPIError: the database is away, or refuses it for every run.
+        UnicodeError: every run has a name that is no text.
     """
     try:
         await do(runs)
-    except DBAPIError as error:
+    except REFUSALS as error:
         if is_outage(error) or len(runs) == 1:
             raise
         middle, failed = len(runs) // 2, 0
         for half in (runs[:middle], runs[middle:]):
             try:
                 await one_by_one_at_worst(do, half, refused)
-            except DBAPIError as reason:
+            except REFUSALS as reason:
                 if is_outage(reason):
                     raise
                 failed += 1
@@ -181,9 +185,16 @@ def _beat(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
         )
         same = and_(*(held.c[f"key_{n}"] == beaten.c[f"key_{n}"] for n, _ in enumerate(table.key)))
         return select(held.c.run_id, held.c.held_by, held.c.threshold).join_from(held, beaten, same)
-    workers = (  # only workers beat: one write for each that holds any of the runs
-        update(kept.table)
+    free = (  # only workers beat: one write for each that holds any of the runs
+        select(kept.their_key.label("worker"))
         .where(kept.their_key.in_(select(held.c.worker)))
+        .order_by(kept.their_key)
+        .with_for_update(of=kept.table, key_share=True, skip_locked=True)
+        .cte("orphan_recovery_free")
+    )
+    workers = (
+        update(kept.table)
+        .where(kept.their_key.in_(select(free.c.worker)))
         .values({kept.table.c.last_seen: stored(NOW, kept.last_seen)})
         .returning(kept.their_key.label("worker"))
         .cte("orphan_recovery_workers")

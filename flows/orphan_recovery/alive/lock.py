@@ -7,16 +7,17 @@ connection of the worker's own.
 """
 
 import os
+import threading
 from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
 from sqlalchemy import Select, Text, column, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.alive.beat import (
+    REFUSALS,
     Beaten,
     Run,
     found,
@@ -41,6 +42,33 @@ NOTICE: Final = {
 }
 """What the server is told, so that it drops within about half a minute the connection of a host
 that is gone: of that nobody tells it, and by its own settings it may wait for hours."""
+
+
+class _Forks:
+    """Tells whether a fork of this process may have come in between. Needs no lock: each step is
+    one that no other thread can divide."""
+
+    def __init__(self) -> None:
+        self.latest = object()
+        self._under_way = set[int]()
+
+    def begin(self) -> None:
+        self._under_way.add(threading.get_ident())
+        self.latest = object()
+
+    def end(self) -> None:
+        self._under_way.discard(threading.get_ident())
+
+    def forget(self) -> None:
+        self._under_way.clear()
+
+    def none_since(self, latest: object) -> bool:
+        """Whether none has begun since then, and none that had begun was under way still."""
+        return self.latest is latest and not self._under_way
+
+
+_forks = _Forks()
+os.register_at_fork(before=_forks.begin, after_in_parent=_forks.end, after_in_child=_forks.forget)
 
 
 class Locks:
@@ -112,13 +140,17 @@ class Locks:
             os.close(self._socket)
 
     async def _open(self, engine: AsyncEngine) -> AsyncConnection:
-        if self._connection is None:
+        while self._connection is None:
+            forks = _forks.latest
             connection = await engine.connect()
             self._connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
             self._held.clear()
             raw = (await connection.get_raw_connection()).driver_connection
             assert raw is not None  # noqa: S101 - it is open
             self._socket = raw.fileno()
+            if not _forks.none_since(forks):  # a child may have a copy that it knows nothing of
+                await self.let_go()
+                continue
             told = (func.set_config(name, value, False) for name, value in NOTICE.items())
             await connection.execute(select(*told))
         return self._connection
@@ -140,7 +172,7 @@ class Locks:
         if new := [run for run in runs if run not in self._whose]:
             try:
                 await one_by_one_at_worst(learn, new, refused)
-            except DBAPIError as error:
+            except REFUSALS as error:
                 if is_outage(error):
                     raise
                 refused = dict.fromkeys(new, describe(error))

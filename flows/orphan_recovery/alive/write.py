@@ -6,16 +6,18 @@ result came for a run that stands crashed, the ledger gets a contested verdict.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Text, cast, literal, or_, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.alive.beat import found, guards, look, lost_by
-from orphan_recovery.alive.beater import Beater, await_future, beater_of
+from orphan_recovery.alive.beater import Beater, await_future
+from orphan_recovery.alive.beaters import beater_of, reporting
 from orphan_recovery.alive.lost import LostBy, RunLost
-from orphan_recovery.database import NOW, address, describe, transaction
+from orphan_recovery.attempt import bounded
+from orphan_recovery.database import NOW, STATEMENT_TIMEOUT_MS, address, describe, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.log import logger
 from orphan_recovery.policy import is_outage, retrying
@@ -27,6 +29,9 @@ from orphan_recovery.targets import find_target, where
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+LONGEST_TRY_SECONDS: Final = 1.5 * STATEMENT_TIMEOUT_MS / 1000
+"""For one try of a claim or a result: a statement's whole time, and the wait for a connection."""
 
 
 async def claim(
@@ -51,7 +56,7 @@ async def claim(
         sqlalchemy.exc.DBAPIError: as the database raised it, after the retries of the policy.
     """
     meant = find_target(target)
-    work = _claim(meant, str(run_id), worker_id, status)
+    work = _claim(meant, str(run_id), as_text(worker_id), status)
     return await await_future(_submit(_beater(meant), work))
 
 
@@ -60,7 +65,7 @@ def claim_sync(
 ) -> bool:
     """:func:`claim` from synchronous code."""
     meant = find_target(target)
-    work = _claim(meant, str(run_id), worker_id, status)
+    work = _claim(meant, str(run_id), as_text(worker_id), status)
     return bool(_submit(_beater(meant), work).result())
 
 
@@ -90,8 +95,10 @@ async def finish_run(
         sqlalchemy.exc.DBAPIError: as the database raised it, after the retries of the policy.
     """
     meant = find_target(target)
-    result = Result(str(status), output, error)
-    await await_future(submit_finish(_beater(meant), str(run_id), worker_id, result))
+    result, beater = Result(str(status), output, error), _beater(meant)
+    run, worker = str(run_id), as_text(worker_id)
+    with reporting(beater, run, worker):
+        await await_future(submit_finish(beater, run, worker, result))
 
 
 def finish_run_sync(
@@ -105,8 +112,10 @@ def finish_run_sync(
 ) -> None:
     """:func:`finish_run` from synchronous code."""
     meant = find_target(target)
-    result = Result(str(status), output, error)
-    submit_finish(_beater(meant), str(run_id), worker_id, result).result()
+    result, beater = Result(str(status), output, error), _beater(meant)
+    run, worker = str(run_id), as_text(worker_id)
+    with reporting(beater, run, worker):
+        submit_finish(beater, run, worker, result).result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +134,11 @@ def submit_finish(
     return _submit(beater, _finish(beater.target, run_id, worker_id, result))
 
 
+def as_text(worker_id: object) -> str | None:
+    """A worker as the table is asked for it: people also give numbers and uuids."""
+    return None if worker_id is None else str(worker_id)
+
+
 def _beater(target: Target) -> Beater:
     return beater_of(target, address(target), target.beat.total_seconds())
 
@@ -137,8 +151,11 @@ def _submit(beater: Beater, work: Any) -> "Future[Any]":
         async for attempt in retrying():
             with attempt:
                 try:
-                    result = await work(engine, first)
+                    async with bounded(LONGEST_TRY_SECONDS):
+                        result = await work(engine, first)
                 except Exception as error:
+                    if isinstance(error, TimeoutError):
+                        await engine.dispose()  # what is idle there may hang as this one did
                     # What the server refused was not heard. Only a try without its answer may be.
                     first = first and not is_outage(error)
                     raise
@@ -147,7 +164,7 @@ def _submit(beater: Beater, work: Any) -> "Future[Any]":
     return beater.submit(retried)
 
 
-def _claim(target: Target, run_id: str, worker_id: str, status: str | int | None) -> Any:
+def _claim(target: Target, run_id: str, worker_id: str | None, status: str | int | None) -> Any:
     running = _running(target) if status is None else str(status)
     if running not in target.in_flight:
         raise ConfigurationError(
@@ -182,7 +199,7 @@ def _running(target: Target) -> str:
     )
 
 
-def _claiming(table: RunsTable, run_id: str, worker_id: str, running: str) -> Any:
+def _claiming(table: RunsTable, run_id: str, worker_id: str | None, running: str) -> Any:
     row, facts, target = table.columns, table.facts, table.target
     free = [s for s in (*target.in_flight, *target.waiting) if s != running]
     values: dict[Any, Any] = {
