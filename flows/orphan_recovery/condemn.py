@@ -113,11 +113,12 @@ def _undone_after(table: RunsTable, request: SweepRequest) -> Select[Any]:
         "EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = :oid AND NOT tgisinternal"
         " AND tgenabled <> 'D' AND tgtype & 2 = 0 AND tgtype & 16 <> 0)"
     ).bindparams(oid=table.relation.oid)
+    own = verdicts.alias("orphan_recovery_own")  # the runs may be called verdicts, too
     mine = (
-        select(verdicts.c.run_id)
-        .where(verdicts.c.sweep_id == request.sweep_id, verdicts.c.run_id == table.run_id)
-        .where(verdicts.c.outcome == Outcome.MARKED.value)
-        .where(verdicts.c.judged_at >= func.transaction_timestamp(type_=NOW.type))
+        select(own.c.run_id)
+        .where(own.c.sweep_id == request.sweep_id, own.c.run_id == table.run_id)
+        .where(own.c.outcome == Outcome.MARKED.value)
+        .where(own.c.judged_at >= func.transaction_timestamp(type_=NOW.type))
     )
     return (
         select(table.run_id)
