@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 
 from orphan_recovery.database import NOW, Executor
-from orphan_recovery.ledger import verdicts
+from orphan_recovery.ledger import SCHEMA, verdicts
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.runs import PLACE, RunsTable
 from orphan_recovery.verdict import Outcome
@@ -108,11 +108,13 @@ async def require_stands(db: Executor, table: RunsTable, request: SweepRequest) 
 
 @lru_cache(maxsize=64)
 def _undone_after(table: RunsTable, request: SweepRequest) -> Select[Any]:
-    # Of a table without such a trigger, as nearly all are, nothing else is read.
+    # Of a table without such a trigger, as nearly all are, nothing else is read. The truth trigger
+    # refuses, and puts nothing back.
     after_update = text(
         "EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = :oid AND NOT tgisinternal"
-        " AND tgenabled <> 'D' AND tgtype & 2 = 0 AND tgtype & 16 <> 0)"
-    ).bindparams(oid=table.relation.oid)
+        " AND tgenabled <> 'D' AND tgtype & 2 = 0 AND tgtype & 16 <> 0"
+        " AND tgfoid IS DISTINCT FROM to_regprocedure(:truth))"
+    ).bindparams(oid=table.relation.oid, truth=f"{SCHEMA}.prevent_worker_run_mutation()")
     own = verdicts.alias("orphan_recovery_own")  # the runs may be called verdicts, too
     mine = (
         select(own.c.run_id)
