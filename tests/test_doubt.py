@@ -406,15 +406,22 @@ async def test_a_server_that_does_not_tell_its_timeline_is_swept_all_the_same(
 
 
 async def test_while_somebody_locks_the_table_nobody_can_beat_and_nothing_is_believed(
-    own: Server, db: Restarted
+    own: Server, db: Restarted, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Nor at once when the lock is gone: whoever lives is about to beat."""
+
+    def doubts() -> int:
+        return sum(record.message == "sweep_looks_twice" for record in caplog.records)
+
     own.await_age(timedelta(seconds=2 * OFTEN))
     live, dead = db.add_run("live", beat="2 hours"), db.add_run("dead", beat="2 hours")
     with psycopg.connect(db.url) as indexing:
         indexing.execute("LOCK TABLE worker_runs IN SHARE MODE")
         sweeping = asyncio.ensure_future(sweep())
-        await asyncio.to_thread(until, lambda: sweep_waits(db), "a sweep that waits")
-    await beat(db, live)  # at last
+        await asyncio.to_thread(until, lambda: doubts() == 1, "a sweep that waits")
+    await asyncio.to_thread(until, lambda: doubts() == 2 or sweeping.done(), "the next wait")
+    assert not sweeping.done()
+    await beat(db, live)
     report = await sweeping
     told = "somebody locks the table against writes, so that nobody can beat"
     assert report.looked_twice == told
