@@ -348,7 +348,7 @@ def test_time_outs_of_the_database_end_no_index_build(db: Database) -> None:
         thread = threading.Thread(target=build)
         thread.start()
         db.await_lock_wait()
-        time.sleep(0.4)
+        time.sleep(0.4)  # for longer than either time-out
     thread.join()
     assert results == [("an index that serves detection: worker_runs_in_flight",)]
 
