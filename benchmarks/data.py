@@ -19,7 +19,7 @@ from sqlalchemy import make_url
 
 from orphan_recovery.database import database_url
 from orphan_recovery.embedded import embedded_postgres
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 
 LARGE: Final = 50_000

@@ -27,9 +27,9 @@ from rich.table import Table
 from orphan_recovery.alive.beaters import beater_of
 from orphan_recovery.database import database_url
 from orphan_recovery.embedded import embedded_postgres
-from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 
 INTERVAL = 2.0

@@ -10,7 +10,7 @@ import sys
 def main() -> None:
     """Run the command line; exits with 2 where the configuration cannot be used."""
     try:
-        from orphan_recovery.cli import main as run
+        from orphan_recovery.cli.main import main as run
     except ValueError as error:
         if type(error).__name__ != "ConfigurationError":
             raise

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.embedded import embedded_postgres
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database, database_of_its_own, free_port
 

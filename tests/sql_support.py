@@ -11,7 +11,7 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 from orphan_recovery.database import database_url
-from orphan_recovery.review import as_sql
+from orphan_recovery.schema.review import as_sql
 from orphan_recovery.target import Target
 from support import Database
 

@@ -13,11 +13,11 @@ from orphan_recovery import WorkerRun
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.detect import Fleet, detect, look_at_fleet
 from orphan_recovery.mark import mark_one
-from orphan_recovery.migrate import migrate
 from orphan_recovery.record import note_direct_call
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from support import Database

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from orphan_recovery.database import database_url
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.targets import find_target
 from support import Database, database_of_its_own
 

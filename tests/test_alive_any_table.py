@@ -9,7 +9,7 @@ import pytest
 from alive_support import OFTEN, contests, sweep
 from orphan_recovery import ConfigurationError
 from orphan_recovery.alive import LostBy, RunLost, claim, finish_run, keep_alive
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from support import Database, until
 from tables_support import configure, set_for_all
 

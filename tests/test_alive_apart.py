@@ -9,7 +9,7 @@ import pytest
 from alive_support import OFTEN
 from lock_support import await_locks
 from orphan_recovery.alive import keep_alive
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from support import Database, until
 from tables_support import configure
 

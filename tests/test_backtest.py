@@ -16,15 +16,15 @@ from rich.console import Console
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from orphan_recovery import backtest
 from orphan_recovery.alive import RunLost, finish_run
-from orphan_recovery.backtest import FEW, LADDER, AtThreshold, Backtest, backtest_target
-from orphan_recovery.backtest_flow import backtest_thresholds
-from orphan_recovery.backtest_report import as_dict, as_markdown, headline, notes, plot, show
+from orphan_recovery.backtest import measure as backtest
+from orphan_recovery.backtest.flow import backtest_thresholds
+from orphan_recovery.backtest.measure import FEW, LADDER, AtThreshold, Backtest, backtest_target
+from orphan_recovery.backtest.report import as_dict, as_markdown, headline, notes, plot, show
 from orphan_recovery.database import database_url
-from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from prefect_support import Api, flow_run_of
@@ -839,7 +839,7 @@ async def test_a_backtest_may_take_as_many_processes_of_the_server_as_the_server
 
 
 def test_the_report_needs_no_prefect() -> None:
-    code = "import sys, orphan_recovery.backtest_report; sys.exit('prefect' in sys.modules)"
+    code = "import sys, orphan_recovery.backtest.report; sys.exit('prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -15,7 +15,7 @@ from orphan_recovery.alive import claim, finish_run, keep_alive
 from orphan_recovery.alive.beat import beat
 from orphan_recovery.database import database_url, make_engine, transaction
 from orphan_recovery.describe import runs_table
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database, until
 from tables_support import configure, set_for_all, sweep

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from cli_support import COMMAND
-from orphan_recovery.cli_table import print_table
+from orphan_recovery.cli.table import print_table
 from support import Database
 
 RUN = "0b6c0b2e-7f3e-4d5c-9d1a-5f0f6f0f2a11"

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import make_url
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery.doctor import examine
-from orphan_recovery.migrate import migrate
+from orphan_recovery.doctor.examine import examine
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.targets import find_target, load_targets
 from sql_support import a_role, make, printed, psql, seen_by
 from support import Database, database_of_its_own

@@ -12,9 +12,9 @@ import pytest
 
 from orphan_recovery import judge, recover
 from orphan_recovery.database import database_url
-from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from server_support import Restarted, Server, own_server
 from support import database_of_its_own

@@ -13,7 +13,7 @@ from orphan_recovery import ConfigurationError, Evidence, RunStatus, detect_orph
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import detect, look_at_fleet, orphans
-from orphan_recovery.doctor_table import explain
+from orphan_recovery.doctor.table import explain
 from orphan_recovery.request import SweepRequest
 from support import Database
 

@@ -14,12 +14,12 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from sqlalchemy import make_url
 
 from cli_support import run
-from orphan_recovery.doctor import examine
-from orphan_recovery.finding import Finding, Level
-from orphan_recovery.migrate import migrate
+from orphan_recovery.doctor.examine import examine
+from orphan_recovery.doctor.finding import Finding, Level
+from orphan_recovery.doctor.schedule import look_up_schedule
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.schedule import look_up_schedule
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from prefect_support import Api, client_of, deploy
 from support import Database, free_port

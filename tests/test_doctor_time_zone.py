@@ -7,8 +7,8 @@ import pytest
 from psycopg import sql
 from sqlalchemy import make_url
 
-from orphan_recovery.doctor import examine
-from orphan_recovery.finding import Finding, Level
+from orphan_recovery.doctor.examine import examine
+from orphan_recovery.doctor.finding import Finding, Level
 from orphan_recovery.target import Elsewhere, Target
 from sql_support import a_role
 from support import Database

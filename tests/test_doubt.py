@@ -19,14 +19,14 @@ from sqlalchemy import make_url, select
 
 from orphan_recovery import ConfigurationError, doubt, judge, judge_pages
 from orphan_recovery.database import database_url, make_engine, server_started
-from orphan_recovery.doctor import examine
+from orphan_recovery.doctor.examine import examine
+from orphan_recovery.doctor.finding import Level
 from orphan_recovery.doubt import beat_of, look_at_circumstances
-from orphan_recovery.finding import Level
-from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.report_pages import as_markdown
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from prefect_support import run
 from server_support import Restarted, Server, own_server

@@ -23,10 +23,10 @@ from procrastinate import App, PsycopgConnector
 from orphan_recovery import WorkerRun
 from orphan_recovery.database import database_url, make_engine
 from orphan_recovery.detect import detect
-from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.targets import find_target
 from support import Database, database_of_its_own, until
 

@@ -15,10 +15,11 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from orphan_recovery import ConfigurationError, cli
+from orphan_recovery import ConfigurationError
+from orphan_recovery.cli import main as cli
 from orphan_recovery.database import database_url, make_engine, transaction
-from orphan_recovery.doctor import examine
-from orphan_recovery.finding import Finding, Level
+from orphan_recovery.doctor.examine import examine
+from orphan_recovery.doctor.finding import Finding, Level
 from orphan_recovery.hold import approve
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport

@@ -12,8 +12,8 @@ from alive_support import Beats, Workers, await_line
 from lock_support import SHORT, await_locks, marked, sweep, with_locks
 from orphan_recovery import recover_worker
 from orphan_recovery.alive import claim, keep_alive
-from orphan_recovery.doctor import examine
-from orphan_recovery.finding import Finding, Level
+from orphan_recovery.doctor.examine import examine
+from orphan_recovery.doctor.finding import Finding, Level
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
 from pooler_support import pooler

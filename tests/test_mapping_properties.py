@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from orphan_recovery.migrate import migrate
 from orphan_recovery.request import DEFAULT_REASON
 from orphan_recovery.run import WorkerRun
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Columns, Elsewhere, Rule, Target
 from orphan_recovery.targets import load_targets
 from support import Database, database_of_its_own

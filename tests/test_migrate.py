@@ -12,8 +12,8 @@ from psycopg import sql
 
 from cli_support import run
 from orphan_recovery import ConfigurationError, recover_orphaned_runs
-from orphan_recovery import migrate as schema
-from orphan_recovery.migrate import Migration, migrate, newest_revisions, unmigrate
+from orphan_recovery.schema import migrate as schema
+from orphan_recovery.schema.migrate import Migration, migrate, newest_revisions, unmigrate
 from orphan_recovery.target import Target
 from sql_support import a_role, seen_by
 from support import Database

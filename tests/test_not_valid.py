@@ -5,7 +5,7 @@ from typing import LiteralString
 import pytest
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database
 from tables_support import seen, sweep

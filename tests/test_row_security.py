@@ -9,8 +9,8 @@ from psycopg import sql
 from sqlalchemy import make_url
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery.doctor import examine
-from orphan_recovery.migrate import migrate
+from orphan_recovery.doctor.examine import examine
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database
 from tables_support import configure, do, sweep

@@ -17,11 +17,11 @@ from cli_support import run
 from orphan_recovery import get_crash_recovery_summary, recover_orphaned_runs
 from orphan_recovery.catalog import look_up
 from orphan_recovery.database import database_url
-from orphan_recovery.doctor import examine
-from orphan_recovery.finding import Level
-from orphan_recovery.migrate import migrate
+from orphan_recovery.doctor.examine import examine
+from orphan_recovery.doctor.finding import Level
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Columns, Elsewhere, Target
 from sql_support import a_role, make, printed, psql, seen_by
 from support import Database, database_of_its_own

@@ -9,10 +9,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from orphan_recovery import detect_orphaned_runs, mark_run_as_crashed
 from orphan_recovery.condemn import UndoneError
 from orphan_recovery.mark import UndecidedError
-from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database
 from tables_support import do

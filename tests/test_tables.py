@@ -12,7 +12,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.summarize import summarize_target
 from orphan_recovery.target import Columns, Target
 from support import Database

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from orphan_recovery import ConfigurationError, mark_run_as_crashed
 from orphan_recovery.detect import detect
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Columns, Elsewhere, Target
 from support import Database
 from tables_support import configure, do, fleet, look, outcome_of, request, seen, set_for_all, sweep

@@ -9,8 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import orphans
-from orphan_recovery.doctor_table import explain
-from orphan_recovery.migrate import migrate
+from orphan_recovery.doctor.table import explain
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database
 from tables_support import do, names_in, request, simple

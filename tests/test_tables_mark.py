@@ -19,10 +19,10 @@ from orphan_recovery.database import database_url, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.hold import Decision
 from orphan_recovery.mark import mark
-from orphan_recovery.migrate import migrate
 from orphan_recovery.record import note_direct_call
 from orphan_recovery.report import SweepReport
 from orphan_recovery.request import DEFAULT_REASON
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.summarize import summarize_target
 from orphan_recovery.sweep import begin, tell_of
 from orphan_recovery.target import Target

@@ -10,11 +10,11 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery import migrate as schema
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import orphans
-from orphan_recovery.doctor_table import explain
-from orphan_recovery.migrate import migrate, unmigrate
+from orphan_recovery.doctor.table import explain
+from orphan_recovery.schema import migrate as schema
+from orphan_recovery.schema.migrate import migrate, unmigrate
 from orphan_recovery.summarize import summarize_target
 from orphan_recovery.target import Columns, Target
 from support import Database

@@ -6,7 +6,7 @@ import pytest
 from psycopg import sql
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery.migrate import migrate
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 from support import Database
 from tables_support import do, seen

@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery.migrate import migrate
 from orphan_recovery.request import DEFAULT_REASON
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Rule, Target
 from support import Database
 from tables_support import add, fleet, look, outcome_of, request, seen, simple, sweep

@@ -7,7 +7,7 @@ import pytest
 from psycopg import sql
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery.migrate import migrate, unmigrate
+from orphan_recovery.schema.migrate import migrate, unmigrate
 from orphan_recovery.target import Columns, Target
 from support import Database
 from tables_support import do, sweep

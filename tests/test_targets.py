@@ -18,9 +18,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from cli_support import run
 from orphan_recovery import ConfigurationError
-from orphan_recovery.migrate import migrate
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.request import SweepRequest
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Elsewhere, Rule, split_table
 from orphan_recovery.targets import find_target, load_targets
 from support import Database, database_of_its_own, free_port

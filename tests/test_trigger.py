@@ -13,7 +13,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from sqlalchemy import make_url
 
 from alive.proxy import Proxy
-from orphan_recovery.schedule import look_up_schedule
+from orphan_recovery.doctor.schedule import look_up_schedule
 from orphan_recovery.target import Target
 from prefect_support import Api, client_of, deploy, process, run, working
 from support import Database, database_of_its_own, free_port, until

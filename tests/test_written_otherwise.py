@@ -8,8 +8,8 @@ import pytest
 from alive_support import OFTEN
 from lock_support import await_locks
 from orphan_recovery.alive import claim, finish_run, keep_alive
-from orphan_recovery.backtest import backtest_target
-from orphan_recovery.migrate import migrate
+from orphan_recovery.backtest.measure import backtest_target
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Rule, Target
 from support import Database, until
 from tables_support import configure, sweep

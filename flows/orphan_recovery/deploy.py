@@ -25,10 +25,10 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
 
 from orphan_recovery.all_targets_flow import recover_all_targets
+from orphan_recovery.doctor.schedule import CREDENTIALS
 from orphan_recovery.flow import recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
 from orphan_recovery.names import ALL_FLOW_NAME, ALL_TARGETS, FLOW_NAME, ON_DEMAND, SCHEDULED
-from orphan_recovery.schedule import CREDENTIALS
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target, load_targets
 

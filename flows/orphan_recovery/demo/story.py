@@ -27,8 +27,8 @@ from orphan_recovery.demo.show import Show, clock
 from orphan_recovery.demo.stage import Stage
 from orphan_recovery.demo.worker import Order
 from orphan_recovery.embedded import embedded_postgres
-from orphan_recovery.migrate import migrate
 from orphan_recovery.names import ON_DEMAND, SCHEDULED
+from orphan_recovery.schema.migrate import migrate
 from orphan_recovery.target import Target
 
 THRESHOLD: Final = timedelta(minutes=1)

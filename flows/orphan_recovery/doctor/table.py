@@ -9,18 +9,18 @@ from typing import Any, Final
 from sqlalchemy import Select, func, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from orphan_recovery.ddl import (
+from orphan_recovery.detect import orphans
+from orphan_recovery.doctor.finding import Examined, Finding, Level
+from orphan_recovery.ledger import SCHEMA
+from orphan_recovery.runs import ROLES
+from orphan_recovery.schema.ddl import (
     TRUTH_TRIGGER,
     create_index,
     drop_truth_trigger,
     truth_trigger_is_there,
 )
-from orphan_recovery.detect import orphans
-from orphan_recovery.finding import Examined, Finding, Level
-from orphan_recovery.grants import written_columns
-from orphan_recovery.ledger import SCHEMA
-from orphan_recovery.migrate import newest_revisions, revisions, unknown_revisions
-from orphan_recovery.runs import ROLES
+from orphan_recovery.schema.grants import written_columns
+from orphan_recovery.schema.migrate import newest_revisions, revisions, unknown_revisions
 from orphan_recovery.targets import where
 
 

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from orphan_recovery.database import address, describe, make_engine, missing_right
 from orphan_recovery.describe import runs_table
-from orphan_recovery.doctor_fleet import (
+from orphan_recovery.doctor.finding import Examined, Finding, Level
+from orphan_recovery.doctor.fleet import (
     look_at_clocks,
     look_at_contests,
     look_at_holds,
@@ -24,7 +25,8 @@ from orphan_recovery.doctor_fleet import (
     look_at_queue,
     look_at_threshold,
 )
-from orphan_recovery.doctor_table import (
+from orphan_recovery.doctor.schedule import Schedule, look_up_schedule
+from orphan_recovery.doctor.table import (
     look_at_columns,
     look_at_elsewhere,
     look_at_index,
@@ -33,10 +35,8 @@ from orphan_recovery.doctor_table import (
     look_at_statuses,
     look_at_truth_trigger,
 )
-from orphan_recovery.doctor_time_zone import look_at_time_zone
-from orphan_recovery.finding import Examined, Finding, Level
+from orphan_recovery.doctor.time_zone import look_at_time_zone
 from orphan_recovery.request import SweepRequest
-from orphan_recovery.schedule import Schedule, look_up_schedule
 from orphan_recovery.settings import ENABLED_VARIABLE, ConfigurationError
 from orphan_recovery.sweep import is_enabled
 from orphan_recovery.target import Target

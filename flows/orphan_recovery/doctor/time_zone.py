@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import ColumnElement, Select, func, select, text
 
 from orphan_recovery.database import NOW, Executor
-from orphan_recovery.finding import Examined, Finding, Level
+from orphan_recovery.doctor.finding import Examined, Finding, Level
 from orphan_recovery.runs import TIMES, RunsTable
 from orphan_recovery.words import span
 

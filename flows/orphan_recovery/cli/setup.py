@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
-from orphan_recovery.cli_options import AsJson, TargetName
+from orphan_recovery.cli.options import AsJson, TargetName
 from orphan_recovery.settings import DATABASE_VARIABLES, ConfigurationError, load_settings
 from orphan_recovery.target import Target
 from orphan_recovery.targets import CONFIG_FILE, find_target, load_targets
@@ -98,8 +98,8 @@ def doctor(target: TargetName = None, as_json: AsJson = False) -> None:
 
     Exit code 1 if anything is a failure.
     """
-    from orphan_recovery.doctor import examine
-    from orphan_recovery.finding import Level
+    from orphan_recovery.doctor.examine import examine
+    from orphan_recovery.doctor.finding import Level
 
     findings = asyncio.run(examine(find_target(target)))
     if as_json:
@@ -131,7 +131,7 @@ def sql(
     Executes nothing. What is there already is left out; run as the tables' owner, by psql, it
     comes to the same as `migrate`.
     """
-    from orphan_recovery.review import as_sql
+    from orphan_recovery.schema.review import as_sql
 
     meant = find_target(target)
     with _connected(meant) as connection:
@@ -151,8 +151,8 @@ def migrate(
     index that serves detection, an index of crashed runs if a crash has a status of its own, and
     the truth trigger if you asked for it; and keeps its columns as they are.
     """
-    from orphan_recovery import migrate as schema
     from orphan_recovery.database import address, shown
+    from orphan_recovery.schema import migrate as schema
 
     meant = find_target(target)
     url = address(meant)
@@ -186,8 +186,8 @@ def backtest(
     """Replay thresholds over runs that lived: which would have crashed some? Reads only."""
     from rich.console import Console
 
-    from orphan_recovery.backtest import backtest_target
-    from orphan_recovery.backtest_report import as_dict, show
+    from orphan_recovery.backtest.measure import backtest_target
+    from orphan_recovery.backtest.report import as_dict, show
 
     tested = asyncio.run(backtest_target(find_target(target), threshold_minutes or None, days))
     if as_json:

@@ -26,11 +26,11 @@ from sqlalchemy.pool import NullPool
 
 from orphan_recovery.catalog import ColumnFacts, Relation, look_up
 from orphan_recovery.database import CONNECT_TIMEOUT_SECONDS, address, describe
-from orphan_recovery.ddl import Change, changes, undoing
 from orphan_recovery.describe import describe_runs
 from orphan_recovery.ledger import SCHEMA, sweeps
 from orphan_recovery.policy import sqlstate
 from orphan_recovery.runs import RunsTable
+from orphan_recovery.schema.ddl import Change, changes, undoing
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import DEFAULT_TABLE, Target, split_table
 from orphan_recovery.targets import find_target

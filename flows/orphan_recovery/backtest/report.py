@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orphan_recovery.backtest import FEW, AtThreshold, Backtest, UnderRule
+from orphan_recovery.backtest.measure import FEW, AtThreshold, Backtest, UnderRule
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import where
 from orphan_recovery.words import counted, iso, span

@@ -28,7 +28,7 @@ brought to an end passes here for one that lived; and an outage of the database,
 nobody could beat, passes for silence.
 
 All on the server, by the database's clock and in a transaction that cannot write; the statements
-are in :mod:`orphan_recovery.replay`.
+are in :mod:`orphan_recovery.backtest.replay`.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,7 @@ from typing import Final
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from orphan_recovery.database import Executor, address, make_engine, transaction
-from orphan_recovery.describe import describe_runs
-from orphan_recovery.ledger import SCHEMA
-from orphan_recovery.replay import (
+from orphan_recovery.backtest.replay import (
     AT,
     COUNTED,
     Asked,
@@ -53,6 +50,9 @@ from orphan_recovery.replay import (
     runs_that_lived,
     verdicts_that_stand,
 )
+from orphan_recovery.database import Executor, address, make_engine, transaction
+from orphan_recovery.describe import describe_runs
+from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.settings import ConfigurationError, check_threshold
 from orphan_recovery.target import Target
 
@@ -79,7 +79,7 @@ class AtThreshold:
     crashed: int
     """Runs that lived, and that it would have crashed."""
     tasks: tuple[TaskCount, ...]
-    """The tasks with most of them, at most ``MOST_TASKS`` of :mod:`orphan_recovery.replay`."""
+    """The tasks with most of them, at most ``MOST_TASKS`` of ``replay.py``."""
     waiting: int
     """Those of them that would have been crashed only while they waited to be started."""
     contested: int

@@ -6,12 +6,12 @@ statements that `migrate` executes.
 
 from sqlalchemy import Connection, func, select
 
-from orphan_recovery.common import others_name_it
-from orphan_recovery.ddl import changes
 from orphan_recovery.describe import describe_runs
-from orphan_recovery.grants import role_statements, worker_statements
 from orphan_recovery.ledger import SCHEMA
-from orphan_recovery.migrate import VERSION_TABLE, default_table, ledger_sql, revisions
+from orphan_recovery.schema.common import others_name_it
+from orphan_recovery.schema.ddl import changes
+from orphan_recovery.schema.grants import role_statements, worker_statements
+from orphan_recovery.schema.migrate import VERSION_TABLE, default_table, ledger_sql, revisions
 from orphan_recovery.target import Target
 
 

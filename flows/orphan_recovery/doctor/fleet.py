@@ -11,12 +11,12 @@ from sqlalchemy import func, or_, select, text
 
 from orphan_recovery.database import NOW
 from orphan_recovery.detect import look_at_fleet, orphans
-from orphan_recovery.doctor_time_zone import naive_times
+from orphan_recovery.doctor.finding import Examined, Finding, Level
+from orphan_recovery.doctor.schedule import DEFAULT_INTERVAL
+from orphan_recovery.doctor.time_zone import naive_times
 from orphan_recovery.doubt import GRACE_BEATS, beat_of, look_at_circumstances
-from orphan_recovery.finding import Examined, Finding, Level
 from orphan_recovery.ledger import SCHEMA, Ended, approvals, holds, sweeps
 from orphan_recovery.rules import shortest
-from orphan_recovery.schedule import DEFAULT_INTERVAL
 from orphan_recovery.targets import where
 from orphan_recovery.words import counted, iso, some_of, span
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from orphan_recovery import cli_setup
-from orphan_recovery.cli_options import (
+from orphan_recovery.cli import setup
+from orphan_recovery.cli.options import (
     AllTargets,
     AsJson,
     DryRun,
@@ -288,7 +288,7 @@ def trigger(
     )
 
 
-cli_setup.register(app)
+setup.register(app)
 
 
 @app.command()
@@ -331,7 +331,7 @@ def _fail(message: str, *, code: int) -> NoReturn:
 
 
 def _print_report(report: "SweepReport", *, name: bool) -> None:
-    from orphan_recovery.cli_table import print_table
+    from orphan_recovery.cli.table import print_table
     from orphan_recovery.report import SHOWN
     from orphan_recovery.report_pages import as_table
 

@@ -5,9 +5,9 @@ from enum import StrEnum
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from orphan_recovery.doctor.schedule import Schedule
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.runs import RunsTable
-from orphan_recovery.schedule import Schedule
 
 
 class Level(StrEnum):

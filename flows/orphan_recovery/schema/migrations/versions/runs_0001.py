@@ -2,7 +2,7 @@
 
 An existing worker_runs table is adopted: columns it lacks are added (none of which rewrites the
 table), and nothing else about it changes. Its indexes and its trigger are made as for any other
-table: see :mod:`orphan_recovery.ddl`.
+table: see :mod:`orphan_recovery.schema.ddl`.
 """
 
 import sqlalchemy as sa

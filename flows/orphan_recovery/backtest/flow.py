@@ -13,8 +13,13 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 from sqlalchemy.exc import DBAPIError
 
-from orphan_recovery.backtest import DEFAULT_DAYS, MAX_DAYS, MOST_THRESHOLDS, backtest_target
-from orphan_recovery.backtest_report import as_dict, as_markdown, as_rows, headline
+from orphan_recovery.backtest.measure import (
+    DEFAULT_DAYS,
+    MAX_DAYS,
+    MOST_THRESHOLDS,
+    backtest_target,
+)
+from orphan_recovery.backtest.report import as_dict, as_markdown, as_rows, headline
 from orphan_recovery.database import describe
 from orphan_recovery.names import BACKTEST_FLOW_NAME
 from orphan_recovery.policy import retrying

@@ -14,9 +14,9 @@ from psycopg import sql
 from sqlalchemy import Connection, text
 
 from orphan_recovery.catalog import Relation, look_up
-from orphan_recovery.common import FROZEN, for_all_targets, is_guarded
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.runs import RunsTable
+from orphan_recovery.schema.common import FROZEN, for_all_targets, is_guarded
 from orphan_recovery.settings import ConfigurationError
 
 TRUTH_TRIGGER: Final = "prevent_worker_run_mutation"

@@ -1,4 +1,4 @@
-"""Alembic's entry point. Takes the connection that :mod:`orphan_recovery.migrate` holds open.
+"""Alembic's entry point. Takes the connection that ``migrate.py`` holds open.
 
 Without one it writes the statements down instead, for a person to read.
 """
@@ -9,7 +9,7 @@ from alembic import context
 from sqlalchemy import text
 
 from orphan_recovery.ledger import SCHEMA
-from orphan_recovery.migrate import VERSION_TABLE
+from orphan_recovery.schema.migrate import VERSION_TABLE
 
 options: dict[str, Any] = {"version_table": VERSION_TABLE, "version_table_schema": SCHEMA}
 
