@@ -26,7 +26,6 @@ HELD = "orphan-recovery is held"
 DIED = "orphan-recovery died in mid-sweep"
 CONTROL = "the same alarm about a flow that never runs"
 HEARTBEAT = "prefect.flow-run.heartbeat"
-SILENCED = "orphan-recovery is silent"
 BY_HEARTBEAT = "the same as that about a death, by Prefect's own heartbeat alone"
 
 

@@ -104,3 +104,12 @@ def test_a_field_is_what_it_is_and_ready_for_json(emitted: dict[str, dict[str, A
     assert held["hold_id"] == str(HELD.hold_id)
     assert held["runs"] == 11
     assert held["is_new"] is True
+
+
+def test_a_sweep_that_leaves_runs_to_the_next_does_not_say_that_there_were_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    events.log_end(SweepReport(REQUEST, postponed="the server was started a moment ago"))
+    assert caplog.messages == ["orphan_recovery_complete"]
+    assert vars(caplog.records[0])["postponed"] == "the server was started a moment ago"

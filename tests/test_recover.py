@@ -1,9 +1,11 @@
 """The start-up path: it recovers all it can, loses nothing to one bad row, and never raises."""
 
 import asyncio
+import itertools
 import logging
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from orphan_recovery import (
     judge_pages,
     recover,
     recover_orphaned_runs,
+    recover_target,
 )
 from orphan_recovery.database import transaction
 from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan
@@ -356,6 +359,58 @@ async def test_the_events_of_a_recovery_carry_their_fields(
     assert fields[1]["run_ids"] == [orphan]
     assert fields[2]["run_id"] == orphan
     assert fields[3]["recovered"] == 1
+
+
+async def test_an_orphan_whose_row_is_held_is_among_those_detected(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    orphans = db.add_orphans(3)
+    with db.connect() as holder:
+        holder.execute("SELECT FROM worker_runs WHERE id = %s FOR UPDATE", [orphans[1]])
+        recovering = asyncio.create_task(recover_orphaned_runs())
+        while not db.one(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        ):
+            assert not recovering.done()
+            await asyncio.sleep(0.02)
+    assert counts(await recovering) == (3, 3, 0, 0)
+    named = [vars(r)["run_ids"] for r in caplog.records if r.message == "orphaned_runs_detected"]
+    assert sorted(itertools.chain.from_iterable(named)) == sorted(orphans)
+
+
+async def test_a_dry_run_names_the_first_orphans_that_it_detects(
+    db: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(judge_pages, "SHOWN", 3)
+    monkeypatch.setattr(judge_pages, "PAGE", 2)
+    orphans = db.add_orphans(7)
+    report = await recover.run_sweep(SweepRequest(asked_by="test", dry_run=True))
+    assert report.detected == 7
+    named = [vars(r)["run_ids"] for r in caplog.records if r.message == "orphaned_runs_detected"]
+    assert named == [orphans[:2], orphans[2:3]]
+
+
+async def test_a_sweep_that_begins_and_cannot_go_on_logs_its_end(
+    blank: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.raises(ConfigurationError):
+        await recover.run_sweep(SweepRequest(asked_by="test"))
+    report = await recover_orphaned_runs()
+    assert caplog.messages == ["orphan_recovery_starting", "orphan_recovery_failed"] * 2
+    assert vars(caplog.records[3])["error"] == report["error"]
+
+
+@pytest.mark.parametrize("called", [recover_orphaned_runs, partial(recover_target, "default")])
+async def test_the_ledger_says_which_function_was_called(
+    db: Database, called: Callable[[], Awaitable[dict[str, Any]]]
+) -> None:
+    await called()
+    [sweep] = db.sweeps()
+    assert sweep["asked_by"].startswith(f"{getattr(called, 'func', called).__name__} on ")
 
 
 async def test_the_retries_of_the_start_up_path_are_those_of_the_policy(

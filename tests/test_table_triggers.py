@@ -1,12 +1,13 @@
 """Triggers of the table: what one takes back is no mark, and what one raises is about its row."""
 
+import asyncio
 from typing import LiteralString
 
 import pytest
 from psycopg import sql
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from orphan_recovery import detect_orphaned_runs, mark_run_as_crashed
+from orphan_recovery import database, detect_orphaned_runs, lane, mark_run_as_crashed
 from orphan_recovery.condemn import UndoneError
 from orphan_recovery.mark import UndecidedError
 from orphan_recovery.recover import run_sweep
@@ -155,3 +156,35 @@ async def test_what_a_trigger_raises_of_another_server_fails_its_run_alone(
     report = await sweep(limit)
     assert (report.error, report.recovered, report.failed) == (None, 2, 1)
     assert db.outcomes() == {"a": "marked", "bad": "failed", "z": "marked"}
+
+
+@pytest.mark.parametrize("limit", [None, 20], ids=["slices", "pages"])
+async def test_a_mark_that_waits_for_a_lock_of_a_trigger_delays_no_other(
+    db: Database, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """As by a trigger that counts the runs of each tenant, while somebody holds a tenant's row."""
+    for module in (database, lane):
+        monkeypatch.setattr(module, "LOCK_TIMEOUT_MS", 300)
+    waiting = [db.add_run(f"a-{n}", age="3 hours") for n in range(3)]
+    free = [db.add_run(f"b-{n}", worker=f"worker-{n}") for n in range(9)]
+    db.do("CREATE TABLE counters (counts text PRIMARY KEY, n int)")
+    db.do("INSERT INTO counters VALUES ('crashes', 0)")
+    db.do(
+        "CREATE FUNCTION count_crash() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN UPDATE counters SET n = n + 1; RETURN NEW; END $$"
+    )
+    db.do(
+        "CREATE TRIGGER count_crash BEFORE UPDATE ON worker_runs FOR EACH ROW"
+        " WHEN (OLD.id LIKE 'a-%%') EXECUTE FUNCTION count_crash()"
+    )
+    with db.connect() as holder:
+        holder.execute("UPDATE counters SET n = 100")
+        sweeping = asyncio.create_task(sweep(limit))
+        marked = "SELECT count(*) FROM worker_runs WHERE id LIKE 'b-%%' AND status = 'crashed'"
+        while db.one(marked) < len(free):
+            assert not sweeping.done()
+            await asyncio.sleep(0.02)
+        holder.commit()
+    report = await sweeping
+    assert (report.error, report.recovered, report.failed) == (None, 12, 0)
+    assert db.one("SELECT n FROM counters") == 100 + len(waiting)

@@ -263,6 +263,11 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         yield connection
 
 
+async def set_lock_timeout(db: Executor, milliseconds: int) -> None:
+    """How long a statement waits for a lock, until the transaction ends. Does not commit."""
+    await db.execute(select(func.set_config("lock_timeout", str(milliseconds), True)))
+
+
 def shown(url: URL) -> str:
     """An address for people: without its password, and readable where a socket's path is in it."""
     return unquote(url.render_as_string(hide_password=True))

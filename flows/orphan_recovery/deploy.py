@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import httpx
@@ -25,14 +25,13 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.urls import url_for
 
 from orphan_recovery.all_targets_flow import recover_all_targets
-from orphan_recovery.doctor.schedule import CREDENTIALS
+from orphan_recovery.doctor.schedule import CREDENTIALS, DEFAULT_INTERVAL
 from orphan_recovery.flow import recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
 from orphan_recovery.names import ALL_FLOW_NAME, ALL_TARGETS, FLOW_NAME, ON_DEMAND, SCHEDULED
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.targets import find_target, load_targets
 
-EVERY: Final = timedelta(minutes=5)
 ANCHOR: Final = datetime(2026, 1, 1, tzinfo=UTC)
 POLL_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 5.0
@@ -68,7 +67,7 @@ async def serve_deployments(tell: Callable[[str], None] = print) -> None:
             schedules=[
                 DeploymentScheduleCreate(
                     slug="every-five-minutes",
-                    schedule=IntervalSchedule(interval=EVERY, anchor_date=ANCHOR),
+                    schedule=IntervalSchedule(interval=DEFAULT_INTERVAL, anchor_date=ANCHOR),
                 )
             ],
             # A second sweep beside a first is harmless but of no use: it is not piled up.

@@ -23,13 +23,10 @@ from orphan_recovery.rules import shortest, threshold_of
 from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
 from orphan_recovery.settings import ConfigurationError
-from orphan_recovery.target import BEATS_IN_A_THRESHOLD, DEFAULT_BEAT_SECONDS
+from orphan_recovery.target import BEATS_IN_A_THRESHOLD, DEFAULT_BEAT_SECONDS, GRACE_BEATS
 from orphan_recovery.verdict import Outcome
 from orphan_recovery.words import counted, span
 
-GRACE_BEATS: Final = 2
-"""Beats that whoever lives is given to come back after nobody could write: one to find the
-connection broken, one to beat over a new one."""
 LONGEST_WAIT: Final = timedelta(seconds=60)
 """A sweep waits no longer than that; what would need more is left to the next one."""
 LEAST_SAMPLE: Final = 5

@@ -124,14 +124,18 @@ def log_end(report: SweepReport) -> None:
     if report.error:
         _log(logging.ERROR, "orphan_recovery_failed", request, **counts, error=report.error)
         return
-    if not report.detected and not report.held:
+    if not report.detected and not report.held and not report.postponed:
         about: dict[str, Any] = {"threshold_minutes": request.minutes}
         about |= {"seen_by": str(report.seen_by)} if report.seen_by else {}
         _log(logging.INFO, "no_orphaned_runs_found", request, **about)
+    counts |= {"postponed": report.postponed}
     _log(logging.INFO, "orphan_recovery_complete", request, **counts)
 
 
-_COUNTS: Final = ("dry_run", "detected", "recovered", "skipped", "failed", "undatable", "ahead")
+_COUNTS: Final = (
+    *("dry_run", "detected", "recovered", "skipped", "failed"),
+    *("held", "exempt", "undatable", "ahead"),
+)
 
 
 def _log(level: int, event: str, request: SweepRequest, **fields: Any) -> None:

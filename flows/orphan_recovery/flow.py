@@ -136,7 +136,6 @@ async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
     request, target = report.request, report.request.target.name
     told = list[str]()
     if is_enabled():
-        log_start(request)
         engine = make_engine(address(request.target))
         try:
             if (given := await answer_to_this_run()) is not None:
@@ -144,6 +143,7 @@ async def _recover(report: SweepReport, task_each_up_to: int) -> State[Any]:
                 if heeded.is_left:
                     return Completed(message=heeded.told)
                 told += [] if heeded.is_released else [heeded.told]
+            log_start(request)
             await _sweep(engine, report, task_each_up_to)
         finally:
             await engine.dispose()

@@ -2,7 +2,8 @@
 
 The hazard is that one bad row costs the rest its recovery, or one locked row delays it. So a page
 that fails is halved until the bad row stands alone, and rows that others have locked are passed
-over, looked at anew a few times, and only then waited for, each by itself.
+over, looked at anew a few times, and only then waited for, each by itself; so are those whose mark
+waits for a lock that a trigger of the table wants, such as on a counter.
 """
 
 import asyncio
@@ -11,13 +12,13 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from orphan_recovery.attempt import in_transaction
-from orphan_recovery.database import POOL_SIZE, describe
+from orphan_recovery.attempt import LONGEST_TRY_SECONDS, bounded, in_transaction
+from orphan_recovery.database import POOL_SIZE, describe, set_lock_timeout, transaction
 from orphan_recovery.detect import Among, detect
 from orphan_recovery.events import log_detected, log_verdict
 from orphan_recovery.mark import mark, mark_one
-from orphan_recovery.policy import is_outage
-from orphan_recovery.report import SweepReport
+from orphan_recovery.policy import is_outage, is_transient, waited_too_long
+from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.verdict import Outcome, Verdict
@@ -27,6 +28,8 @@ PAGE: Final = 500
 PATIENCE: Final = 8
 """Rounds in which rows that others have locked, such as another sweep's slice, are looked at anew
 before each is waited for by itself; each after twice as long, two and a half seconds in all."""
+HASTY_LOCK_TIMEOUT_MS: Final = 100
+"""Of the halves of a page that waited in vain for a lock: to find which of its runs wants it."""
 
 
 async def judge_pages(
@@ -53,6 +56,8 @@ async def judge_pages(
             break
         await asyncio.sleep(0.01 * 2 ** (PATIENCE - patience))
     report.saw(locked)
+    if locked:
+        log_detected(request, locked)
     # Last, so that a row that is locked for long delays no other.
     at_once = asyncio.Semaphore(POOL_SIZE)
     waiting = (_mark_locked(engine, request, run, at_once) for run in locked)
@@ -79,6 +84,8 @@ async def _judge_each_page(
         is_first, last = last is None, page[-1]
         page = [run for run in page if run.id not in tried]
         if request.dry_run:
+            if shown := page[: max(0, SHOWN - report.detected)]:
+                log_detected(request, shown)
             report.saw(page)
             continue
         if request.target.orphans_per_second is not None and not is_first:
@@ -106,44 +113,60 @@ def _room(report: SweepReport, locked: list[WorkerRun]) -> int:
 
 
 async def mark_page(
-    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
+    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun], *, hasty: bool = False
 ) -> list[Verdict | None]:
     """Mark a page in one transaction; if it fails, its halves, down to the one bad row. Commits.
+
+    If it failed since it waited too long for a lock, its halves are tried once, and hardly wait:
+    else one run whose mark has to wait would cost half a minute at each halving.
 
     Args:
         engine: where the runs are.
         request: the sweep that detected them.
         runs: a page of them, at least one.
+        hasty: try once, and hardly wait for a lock.
 
     Returns:
         A verdict for each run, in order, a failure where it was the bad row. None where another
-        transaction had locked the row: nothing is known yet.
+        transaction had locked the row, or the mark is to be waited for: nothing is known yet.
 
     Raises:
         sqlalchemy.exc.DBAPIError, OSError: an outage, after the retries of the policy.
     """
     try:
-        verdicts = await in_transaction(
-            engine, lambda db: mark(db, request, runs, skip_locked=True)
-        )
+        if hasty:
+            verdicts = await _mark_hastily(engine, request, runs)
+        else:
+            verdicts = await in_transaction(
+                engine, lambda db: mark(db, request, runs, skip_locked=True)
+            )
     except Exception as error:
         if is_outage(error):
             raise
         if len(runs) == 1:
-            return [_failure(request, runs[0], error)]
-        middle = len(runs) // 2
-        first = await mark_page(engine, request, runs[:middle])
-        return first + await mark_page(engine, request, runs[middle:])
+            is_to_wait = hasty and is_transient(error)
+            return [None if is_to_wait else _failure(request, runs[0], error)]
+        middle, hasty = len(runs) // 2, hasty or waited_too_long(error)
+        first = await mark_page(engine, request, runs[:middle], hasty=hasty)
+        return first + await mark_page(engine, request, runs[middle:], hasty=hasty)
     for verdict in verdicts:
         if verdict is not None:
             log_verdict(request, verdict)
     return verdicts
 
 
+async def _mark_hastily(
+    engine: AsyncEngine, request: SweepRequest, runs: list[WorkerRun]
+) -> list[Verdict | None]:
+    async with bounded(LONGEST_TRY_SECONDS), transaction(engine) as connection:
+        await set_lock_timeout(connection, HASTY_LOCK_TIMEOUT_MS)
+        return await mark(connection, request, runs, skip_locked=True)
+
+
 async def _mark_locked(
     engine: AsyncEngine, request: SweepRequest, run: WorkerRun, at_once: asyncio.Semaphore
 ) -> Verdict:
-    """Mark a run whose row was locked, waiting for it this time."""
+    """Mark a run that was passed over, waiting for it this time."""
     async with at_once:
         try:
             verdict = await in_transaction(engine, lambda db: mark_one(db, request, run))

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import Final
 
-from sqlalchemy import Column, Integer, Interval, MetaData, Table, Text, Uuid, and_, func, select
+from sqlalchemy import BigInteger, Column, Interval, MetaData, Table, Text, Uuid, and_, func, select
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.exc import DBAPIError
 
@@ -38,19 +38,19 @@ sweeps: Final = Table(
     Column("question", Text),
     Column("seen_by", Uuid),
     Column("opened_at", _AWARE),
-    Column("in_flight", Integer),
-    Column("undatable", Integer),
-    Column("ahead", Integer),
-    Column("exempt", Integer),
+    Column("in_flight", BigInteger),
+    Column("undatable", BigInteger),
+    Column("ahead", BigInteger),
+    Column("exempt", BigInteger),
     Column("timeline", Text),
     Column("looked_twice", Text),
     Column("hold", Uuid),
     Column("ended_at", _AWARE),
     Column("ended_as", Text),
-    Column("detected", Integer),
-    Column("marked", Integer),
-    Column("missed", Integer),
-    Column("failed", Integer),
+    Column("detected", BigInteger),
+    Column("marked", BigInteger),
+    Column("missed", BigInteger),
+    Column("failed", BigInteger),
     Column("error", Text),
 )
 

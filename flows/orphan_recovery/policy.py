@@ -132,6 +132,11 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (PoolTimeoutError, OSError))
 
 
+def waited_too_long(error: BaseException) -> bool:
+    """Whether ``error`` is that a lock, or the end of a statement, was not to be had in time."""
+    return sqlstate(error) in ("55P03", "57014")
+
+
 def retrying() -> AsyncRetrying:
     """The plan as a retry loop, for what runs outside Prefect. Raises what the last try raised."""
     plan = retry_plan()

@@ -71,7 +71,7 @@ async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[st
             cannot be used. Nothing else is raised: neither a bad run nor a lost database stops a
             worker's start.
     """
-    return await recover_target(None, threshold_minutes)
+    return await _recover("recover_orphaned_runs", None, threshold_minutes)
 
 
 async def recover_target(
@@ -89,10 +89,16 @@ async def recover_target(
     Raises:
         ConfigurationError: as there, or there is no such target.
     """
+    return await _recover("recover_target", target, threshold_minutes)
+
+
+async def _recover(
+    called: str, target: str | None, threshold_minutes: int | None
+) -> dict[str, Any]:
     if threshold_minutes is not None:
         check_threshold(threshold_minutes)
     request = SweepRequest(
-        asked_by=whoami("recover_orphaned_runs"),
+        asked_by=whoami(called),
         target=find_target(target),
         threshold_minutes=threshold_minutes,
     )
@@ -111,8 +117,8 @@ async def recover_worker(
     Args:
         worker_id: the worker, as its runs name it.
         target: as in :func:`recover_target`.
-        settle_seconds: how long to wait, above 0; None for two beats of the target. Shorter than
-            a beat, it takes a twin that lives for dead.
+        settle_seconds: how long to wait, above 0 and at most 86,400; None for two beats of the
+            target. Shorter than a beat, it takes a twin that lives for dead.
 
     Returns:
         As :func:`recover_orphaned_runs`.
@@ -164,11 +170,16 @@ async def run_sweep(request: SweepRequest) -> SweepReport:
     report = SweepReport(request)
     if is_enabled():
         log_start(request)
-        engine = make_engine(address(request.target))
         try:
-            await _sweep(engine, request, report)
-        finally:
-            await engine.dispose()
+            engine = make_engine(address(request.target))
+            try:
+                await _sweep(engine, request, report)
+            finally:
+                await engine.dispose()
+        except Exception as error:
+            report.error = describe(error)
+            log_end(report)
+            raise
     else:
         report.enabled = False
     log_end(report)
@@ -181,7 +192,6 @@ async def _report_on(request: SweepRequest) -> dict[str, Any]:
         report = await run_sweep(request)
     except Exception as error:
         report = SweepReport(request, error=describe(error))
-        log_end(report)
     return report.as_dict()
 
 

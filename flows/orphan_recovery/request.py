@@ -20,7 +20,7 @@ from orphan_recovery.targets import find_target
 DEFAULT_REASON: Final = "orphaned: no sign of life from its worker"
 MAX_REASON_LENGTH: Final = 1_000
 MOST_RUNS: Final = 2**31 - 1
-"""What a limit may be at most: the ledger counts in integers of four bytes."""
+"""What a limit may be at most: it is bound as an integer of four bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,10 @@ DEFAULT_BEAT_SECONDS: Final = 10.0
 """Between two beats of a worker, where nobody said."""
 BEATS_IN_A_THRESHOLD: Final = 3
 """Beats that have to fit into a threshold: one may be lost, and one be late."""
+GRACE_BEATS: Final = 2
+"""Beats that whoever lives is given to come back after nobody could write: one to find the
+connection broken, one to beat over a new one. Who cannot take its lock again within them knows by
+itself that it may be judged."""
 LONGEST_LOCK_BEAT_SECONDS: Final = 30.0
 """A sweep waits two beats for a lock to be taken again, and a minute at most for anything."""
 MATCHED: Final = ("task", "tenant_id", "worker_id", "status")

@@ -11,7 +11,7 @@ from typing import Self
 
 from sqlalchemy import make_url
 
-from support import free_port, until
+from support import free_port
 
 
 class _Link:
@@ -101,9 +101,6 @@ class Proxy:
             after: what it has sent before, over the same connection.
         """
         self._first, self._word = after, word
-
-    def await_connection(self) -> None:
-        until(lambda: bool(self._links), "a connection through the proxy")
 
     def _accept(self, listener: socket.socket) -> None:
         while True:

@@ -1,6 +1,6 @@
 """Alive: cheap proof of life for a worker, and a fence for one that cannot give it.
 
-    from orphan_recovery.alive import claim, finish_run, keep_alive
+    from orphan_recovery.alive import claim, keep_alive
 
     if await claim(run_id, worker_id):
         async with keep_alive(run_id, worker_id=worker_id) as alive:

@@ -30,10 +30,8 @@ from orphan_recovery.database import describe
 from orphan_recovery.describe import runs_table
 from orphan_recovery.policy import is_outage
 from orphan_recovery.runs import RunsTable, lock_key
-from orphan_recovery.target import Target
+from orphan_recovery.target import GRACE_BEATS, Target
 
-LOST_AFTER_BEATS: Final = 2
-"""As long as a sweep waits between its two looks."""
 NOTICE: Final = {
     "tcp_keepalives_idle": "15",
     "tcp_keepalives_interval": "5",
@@ -76,7 +74,7 @@ class Locks:
 
     def __init__(self, target: Target, beat: timedelta) -> None:
         self.target = target
-        self.lost_after = LOST_AFTER_BEATS * beat
+        self.lost_after = GRACE_BEATS * beat  # as long as a sweep waits between its two looks
         self._connection: AsyncConnection | None = None
         self._socket: int | None = None
         self._held: set[str] = set()

@@ -14,14 +14,15 @@ from orphan_recovery.detect import look_at_fleet, orphans
 from orphan_recovery.doctor.finding import Examined, Finding, Level
 from orphan_recovery.doctor.schedule import DEFAULT_INTERVAL
 from orphan_recovery.doctor.time_zone import naive_times
-from orphan_recovery.doubt import GRACE_BEATS, beat_of, look_at_circumstances
+from orphan_recovery.doubt import beat_of, look_at_circumstances
 from orphan_recovery.ledger import SCHEMA, Ended, approvals, holds, sweeps
 from orphan_recovery.rules import shortest
+from orphan_recovery.target import BEATS_IN_A_THRESHOLD, GRACE_BEATS
 from orphan_recovery.targets import where
 from orphan_recovery.words import counted, iso, some_of, span
 
-BEATS: Final = 3
-"""Heartbeats that a threshold has to outlast at least, besides one interval between sweeps."""
+SWEEPS_MISSED: Final = 3
+"""Intervals between sweeps after which the last that ended well is too long ago."""
 
 
 async def look_at_clocks(asked: Examined) -> list[Finding]:
@@ -95,13 +96,14 @@ async def look_at_threshold(asked: Examined) -> list[Finding]:
         way_out = "let runs beat, or keep the threshold above the longest honest run"
         told = f"{told}; runs do not beat, so that age is taken for silence"
         return [Finding(Level.WARNING, "threshold", told, way_out)]
-    needed = BEATS * beat + every
+    needed = BEATS_IN_A_THRESHOLD * beat + every
     told = f"{told}, and a beat every {span(beat)} ({how})"
     if least < needed:
         minutes = -(-needed // timedelta(minutes=1))
         way_out = (
-            f"set the threshold to at least {counted(minutes, 'minute')} ({BEATS} beats and one "
-            "interval between sweeps), or let runs beat, or sweep, more often"
+            f"set the threshold to at least {counted(minutes, 'minute')} "
+            f"({BEATS_IN_A_THRESHOLD} beats and one interval between sweeps), or let runs beat, or "
+            "sweep, more often"
         )
         if target.heartbeat_seconds is None:
             way_out += (
@@ -139,7 +141,7 @@ async def look_at_last_sweep(asked: Examined) -> list[Finding]:
         error = next((row.error for row in failed if row.error), None)
         told += f"; the last because {error}" if error else ""
         return [Finding(Level.WARNING, "last sweep", told, way_out)]
-    if age > BEATS * (asked.schedule.every or DEFAULT_INTERVAL):
+    if age > SWEEPS_MISSED * (asked.schedule.every or DEFAULT_INTERVAL):
         return [Finding(Level.WARNING, "last sweep", told, way_out)]
     return [Finding(Level.OK, "last sweep", told)]
 

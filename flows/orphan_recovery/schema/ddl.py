@@ -50,7 +50,7 @@ def undoing(connection: Connection, runs: RunsTable) -> list[Change]:
     undone = []
     for name in _index_names(runs):
         if _index_of(connection, runs.relation.oid, name, None) is not None:
-            drop = _sql("DROP INDEX {}", _qualified(runs.relation.schema, name))
+            drop = compose("DROP INDEX {}", _qualified(runs.relation.schema, name))
             undone.append(Change(f"drop index {name}", (drop,)))
     if _trigger(connection, runs.relation) is not None:
         drop = _drop_trigger(runs)
@@ -89,7 +89,7 @@ def drop_truth_trigger(runs: RunsTable) -> str:
 
 
 def _drop_trigger(runs: RunsTable) -> sql.Composed:
-    return _sql("DROP TRIGGER {} ON {}", sql.Identifier(TRUTH_TRIGGER), _table(runs))
+    return compose("DROP TRIGGER {} ON {}", sql.Identifier(TRUTH_TRIGGER), _table(runs))
 
 
 def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:
@@ -98,7 +98,7 @@ def _triggers(connection: Connection, runs: RunsTable) -> list[Change]:
     _refuse_anothers_trigger(connection, runs)
     terminal = sql.SQL(", ").join(sql.Literal(status) for status in runs.target.ends or ())
     # After, not before: it sees the row as it is stored, whatever other triggers made of it.
-    create = _sql(
+    create = compose(
         "CREATE OR REPLACE TRIGGER {} AFTER UPDATE OR DELETE ON {} "
         "FOR EACH ROW WHEN (OLD.{} IN ({})) EXECUTE FUNCTION {}.{}({})",
         sql.Identifier(TRUTH_TRIGGER),
@@ -169,14 +169,14 @@ def _index_names(runs: RunsTable) -> dict[str, sql.Composed]:
     # Only rows in flight are in it, so it stays small however large the table grows; and no
     # column that a heartbeat writes, so that beats stay heap-only updates.
     indexes = {
-        _index_name(runs, "in_flight"): _sql(
-            "({}) WHERE {} IN ({})", _names(_once(first + key)), status, in_flight
+        _index_name(runs, "in_flight"): compose(
+            "({}) WHERE {} IN ({})", names_of(_once(first + key)), status, in_flight
         )
     }
     if target.crash_is_its_own_status and "completed_at" in facts:
         # Without the key: what one statement marked is alike in it, and takes little space. From
         # the oldest on, so that it grows at its end; the newest are read backwards.
-        indexes[_index_name(runs, "crashed")] = _sql(
+        indexes[_index_name(runs, "crashed")] = compose(
             "({} NULLS FIRST) WHERE {} = {}",
             sql.Identifier(facts["completed_at"].name),
             status,
@@ -224,7 +224,7 @@ def _build(
     stays = follows and whole_index is not None and (whole_index.is_valid or relation.kind == "p")
     if not follows:
         how = "" if relation.kind == "p" else "CONCURRENTLY "
-        build.append(_sql(f"DROP INDEX {how}{{}}", _qualified(relation.schema, name)))
+        build.append(compose(f"DROP INDEX {how}{{}}", _qualified(relation.schema, name)))
     for part in parts:
         up = None if part["oid"] == relation.oid else index[part["up"]]
         own = _fitted(part["name"], f"_{what}")
@@ -237,17 +237,19 @@ def _build(
             index[part["oid"]] = there
             continue
         if there is not None and not there.is_valid and part["isleaf"]:  # an interrupted build
-            build.append(_sql("DROP INDEX CONCURRENTLY {}", _qualified(part["schema"], own)))
+            build.append(compose("DROP INDEX CONCURRENTLY {}", _qualified(part["schema"], own)))
             there = None
         if there is None:
             how = "CONCURRENTLY {} ON {} {}" if part["isleaf"] else "{} ON ONLY {} {}"
             table = sql.Identifier(part["schema"], part["name"])
-            build.append(_sql(f"CREATE INDEX {how}", sql.Identifier(own), table, definition))
+            build.append(compose(f"CREATE INDEX {how}", sql.Identifier(own), table, definition))
         if up is None and (not stays or (there and not there.is_valid and there.note is None)):
-            build.append(_sql("COMMENT ON INDEX {} IS {}", _qualified(part["schema"], own), note))
+            build.append(
+                compose("COMMENT ON INDEX {} IS {}", _qualified(part["schema"], own), note)
+            )
         if up is not None:
             attach.append(
-                _sql(
+                compose(
                     "ALTER INDEX {} ATTACH PARTITION {}",
                     _qualified(up.schema, up.name),
                     _qualified(part["schema"], own),
@@ -321,9 +323,11 @@ def _qualified(schema: str, name: str) -> sql.Identifier:
     return sql.Identifier(schema, name)
 
 
-def _names(names: list[str]) -> sql.Composed:
+def names_of(names: list[str]) -> sql.Composed:
+    """Names as they stand in a statement, quoted."""
     return sql.SQL(", ").join(map(sql.Identifier, names))
 
 
-def _sql(template: LiteralString, *parts: Any) -> sql.Composed:
+def compose(template: LiteralString, *parts: Any) -> sql.Composed:
+    """A statement of constant text and quoted parts."""
     return sql.SQL(template).format(*parts)

@@ -5,12 +5,13 @@ what another of its targets needs. So what it had of the table is taken back fir
 anew; but not where another target of the file reads or sweeps that table.
 """
 
-from typing import Any, Final, LiteralString
+from typing import Final
 
 from psycopg import sql
 
 from orphan_recovery.ledger import SCHEMA
 from orphan_recovery.runs import RunsTable
+from orphan_recovery.schema.ddl import compose, names_of
 from orphan_recovery.settings import ConfigurationError
 
 WRITTEN: Final = ("status", "success", "error", "completed_at")
@@ -38,48 +39,48 @@ def role_statements(
     table = sql.Identifier(runs.relation.schema, runs.relation.name)
     # Not the result: a sweep has no business with it.
     read = [column.name for column in runs.columns if column.key != "output_json"]
-    create = _sql(  # a literal, not dollar quotes: they may be in the name
+    create = compose(  # a literal, not dollar quotes: they may be in the name
         "BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = {}) "
         "THEN CREATE ROLE {} LOGIN; END IF; END",
         sql.Literal(role),
         who,
     )
     statements = [
-        _sql("DO {}", sql.Literal(create.as_string(None))),
-        _sql("GRANT CONNECT ON DATABASE {} TO {}", sql.Identifier(database), who),
-        _sql("REVOKE ALL ON SCHEMA {} FROM {}", ledger, who),
-        _sql("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}", ledger, who),
+        compose("DO {}", sql.Literal(create.as_string(None))),
+        compose("GRANT CONNECT ON DATABASE {} TO {}", sql.Identifier(database), who),
+        compose("REVOKE ALL ON SCHEMA {} FROM {}", ledger, who),
+        compose("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}", ledger, who),
     ]
     if not is_shared:
-        statements.append(_sql("REVOKE ALL ON {} FROM {}", table, who))
+        statements.append(compose("REVOKE ALL ON {} FROM {}", table, who))
     statements += [
-        _sql("GRANT USAGE ON SCHEMA {} TO {}", _names(_schemas(runs)), who),
-        _sql(
+        compose("GRANT USAGE ON SCHEMA {} TO {}", names_of(_schemas(runs)), who),
+        compose(
             "GRANT SELECT ({}), UPDATE ({}) ON {} TO {}",
-            _names(read),
-            _names(written_columns(runs)),
+            names_of(read),
+            names_of(written_columns(runs)),
             table,
             who,
         ),
-        _sql(
+        compose(
             "GRANT SELECT, INSERT ON {0}.sweeps, {0}.verdicts, {0}.holds, {0}.hold_runs, "
             "{0}.approvals TO {1}",
             ledger,
             who,
         ),
-        _sql(
+        compose(
             "GRANT UPDATE (ended_at, ended_as, detected, marked, missed, failed, looked_twice, "
             "hold, error) ON {}.sweeps TO {}",
             ledger,
             who,
         ),
-        _sql("GRANT UPDATE (ended_at, ended_as, ended_by) ON {}.holds TO {}", ledger, who),
-        _sql("GRANT SELECT ON {0}.contests, {0}.schema_version TO {1}", ledger, who),
+        compose("GRANT UPDATE (ended_at, ended_as, ended_by) ON {}.holds TO {}", ledger, who),
+        compose("GRANT SELECT ON {0}.contests, {0}.schema_version TO {1}", ledger, who),
     ]
     for kept in runs.elsewhere.values():
-        columns = _names([column.name for column in kept.table.c])
+        columns = names_of([column.name for column in kept.table.c])
         name = sql.Identifier(kept.relation.schema, kept.relation.name)
-        statements.append(_sql("GRANT SELECT ({}) ON {} TO {}", columns, name, who))
+        statements.append(compose("GRANT SELECT ({}) ON {} TO {}", columns, name, who))
     return statements
 
 
@@ -95,9 +96,9 @@ def worker_statements(role: str) -> list[sql.Composed]:
     """What a role that workers have needs besides its own table: to record a contested verdict."""
     who, ledger = sql.Identifier(role), sql.Identifier(SCHEMA)
     return [
-        _sql("GRANT USAGE ON SCHEMA {} TO {}", ledger, who),
-        _sql("GRANT SELECT ON {}.verdicts TO {}", ledger, who),
-        _sql("GRANT SELECT, INSERT ON {}.contests TO {}", ledger, who),
+        compose("GRANT USAGE ON SCHEMA {} TO {}", ledger, who),
+        compose("GRANT SELECT ON {}.verdicts TO {}", ledger, who),
+        compose("GRANT SELECT, INSERT ON {}.contests TO {}", ledger, who),
     ]
 
 
@@ -105,11 +106,3 @@ def written_columns(runs: RunsTable) -> list[str]:
     """The table's columns that a mark writes."""
     written = [runs.facts[role].name for role in WRITTEN if runs.has(role)]
     return [*written, *(column.name for column in runs.released)]
-
-
-def _names(names: list[str]) -> sql.Composed:
-    return sql.SQL(", ").join(map(sql.Identifier, names))
-
-
-def _sql(template: LiteralString, *parts: Any) -> sql.Composed:
-    return sql.SQL(template).format(*parts)

@@ -73,7 +73,8 @@ CREATE TABLE orphan_recovery.sweeps (
 # One row for each run that a sweep judged. The key begins with the run: the history of one run is
 # looked up by it, and a sweep's own verdicts by an index that is small, since a sweep's entries
 # in it are all alike. Its sweep is required by a trigger, which looks once a statement where a
-# foreign key looks once a row; no sweep is ever deleted, so the two come to the same.
+# foreign key looks once a row. The two come to the same, for a sweep is deleted by nobody but the
+# owner who retires it, after its verdicts.
 VERDICTS = """
 CREATE TABLE orphan_recovery.verdicts (
     sweep_id     uuid NOT NULL,
