@@ -274,3 +274,23 @@ def test_no_lock_is_held_by_somebody_else_in_the_child_of_a_fork(db: Database) -
         over.set()
         thread.join()
         block.__exit__(None, None, None)
+
+
+async def test_until_a_beat_has_come_through_the_shortest_threshold_holds(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule may give the run less than the target does, and a sweep goes by the rule."""
+    configured = tmp_path / "orphan-recovery.toml"
+    configured.write_text(
+        "[targets.default]\nthreshold_minutes = 30\n"
+        "[[targets.default.rules]]\nmatch = { task = 'report' }\nthreshold_minutes = 1\n"
+    )
+    monkeypatch.setenv("ORPHAN_RECOVERY_CONFIG", str(configured))
+    db.add_run("short", age="1 second")
+    with db.connect() as holder:
+        holder.execute("SELECT FROM worker_runs FOR UPDATE")
+        async with keep_alive("short", interval=1):
+            found = beater_at_hand(find_target(), database_url(db.url), 1)
+            assert found is not None
+            [own] = found.own_runs_of("short", None)
+            assert own.lost_after == 60

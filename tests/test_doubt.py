@@ -27,7 +27,7 @@ from orphan_recovery.report import SweepReport
 from orphan_recovery.report_pages import as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.schema.migrate import migrate
-from orphan_recovery.target import Target
+from orphan_recovery.target import Rule, Target
 from prefect_support import run
 from server_support import Restarted, Server, own_server
 from support import Database, database_of_its_own, until
@@ -465,6 +465,22 @@ async def test_a_sweeper_that_slept_looks_twice_and_leaves_alone_who_beats_meanw
     assert report.looked_twice == "no sweep has looked for 3 h"
     assert db.statuses() == {live: "running", dead: "crashed"}
     assert db.outcomes() == {dead: "marked"}, "who was seen to live is not even detected"
+
+
+async def test_a_sleep_that_is_longer_than_a_rules_threshold_is_one(
+    own: Server, db: Restarted
+) -> None:
+    """Though it is shorter than the target's own."""
+    live = db.add_run("live", beat="19 minutes")
+    own.await_age(timedelta(seconds=2 * OFTEN))
+    plant_sweep(db, "20 minutes")
+    rule = Rule(match={"task": "report"}, threshold_minutes=3)
+    sweeping = asyncio.ensure_future(sweep(target=Target(rules=(rule,), heartbeat_seconds=OFTEN)))
+    await asyncio.to_thread(until, lambda: sweep_waits(db), "a sweep that waits")
+    await beat(db, live)
+    report = await sweeping
+    assert report.looked_twice == "no sweep has looked for 20 min"
+    assert db.status(live) == "running"
 
 
 @pytest.mark.parametrize("opened", ["20 minutes", None])

@@ -246,6 +246,32 @@ async def test_a_run_that_may_be_silent_for_longer_is_no_sign_of_life(
     assert (await sweep(target=target)).recovered == 12
 
 
+async def test_a_run_out_of_scope_that_is_as_silent_is_no_sign_of_life(db: Database) -> None:
+    """Workers serve several tenants: a sweep of one of them may crash what the fleet holds, too."""
+    silent = add_workers(db, 12, silent=True)
+    others = [db.add_run(f"{worker}, other", worker=worker, tenant="other") for worker in silent]
+    assert (await sweep(tenant="tenant-1")).is_held
+    [hold] = holds(db)
+    assert (hold["evidence"]["silent_workers"], hold["evidence"]["orphans"]) == (12, 12)
+    assert crashed(db) == set()
+    beat(db, others)  # now they are one
+    report = await sweep(tenant="tenant-1")
+    assert report.fleet is not None
+    assert report.fleet.orphans == 12
+    assert (await sweep()).recovered == 12
+
+
+async def test_runs_that_beat_and_name_no_worker_are_counted_one_by_one(db: Database) -> None:
+    """A fleet that leaves the column empty is one all the same."""
+    for n in range(12):
+        db.add_run(f"run-{n:02}", worker=None, beat="2 hours")
+    db.add_run("run-99", worker=None, age="2 hours", beat="1 minute")
+    assert (await sweep()).is_held
+    [hold] = holds(db)
+    assert (hold["evidence"]["silent_workers"], hold["evidence"]["workers"]) == (12, 13)
+    assert crashed(db) == set()
+
+
 async def test_runs_that_no_worker_holds_are_counted_on_neither_side(db: Database) -> None:
     queued = [
         db.add_run(f"queued-{n}", status="queued", worker=None, age="3 hours") for n in range(30)
@@ -550,6 +576,24 @@ async def test_a_run_of_a_hold_that_beat_meanwhile_is_left_alone_after_the_appro
     db.do("UPDATE worker_runs SET status = 'completed' WHERE id = %s", silent[2])
     await sweep()
     assert crashed(db) == set(silent[3:])
+
+
+async def test_an_approval_releases_no_run_that_was_heard_of_since_its_hold(db: Database) -> None:
+    """It may be another attempt, of another worker, about whose death nobody was asked."""
+    runs = add_workers(db, 12, silent=True)
+    held = (await sweep()).held
+    assert held is not None
+    await release(db, held.hold_id)
+    db.do("ALTER TABLE orphan_recovery.holds DISABLE TRIGGER USER")
+    db.do("UPDATE orphan_recovery.holds SET opened_at = now() - interval '90 minutes'")
+    db.do(
+        "UPDATE worker_runs SET heartbeat_at = now() - interval '1 hour', worker_id = 'new-' || id"
+    )
+    again = (await sweep()).held
+    assert again is not None
+    assert again.hold_id != held.hold_id
+    assert runs_of(db, again.hold_id) == sorted(runs)
+    assert crashed(db) == set()
 
 
 async def test_an_approval_expires_by_the_databases_time(db: Database) -> None:

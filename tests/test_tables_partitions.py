@@ -13,6 +13,8 @@ from orphan_recovery import ConfigurationError
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import orphans
 from orphan_recovery.doctor.table import explain
+from orphan_recovery.doubt import are_writers_kept_out
+from orphan_recovery.request import SweepRequest
 from orphan_recovery.schema import migrate as schema
 from orphan_recovery.schema.migrate import migrate, unmigrate
 from orphan_recovery.summarize import summarize_target
@@ -265,3 +267,35 @@ def test_the_migration_of_a_partitioned_table_gives_up_rather_than_hold_up_write
             migrating.result()
     migrate(target)
     assert all(part and all(part) for part in indexes(blank).values())
+
+
+async def test_a_part_that_is_locked_by_itself_is_seen(
+    blank: Database, engine: AsyncEngine
+) -> None:
+    """As by an index that is built on one partition: its runs cannot beat either."""
+    blank.do(
+        "CREATE TABLE jobs (id int, status text, at timestamptz, PRIMARY KEY (id, at))"
+        " PARTITION BY RANGE (at)"
+    )
+    blank.do(
+        "CREATE TABLE jobs_old PARTITION OF jobs FOR VALUES FROM (MINVALUE) TO ('2020-01-01')"
+        " PARTITION BY RANGE (at)"
+    )
+    blank.do("CREATE TABLE jobs_oldest PARTITION OF jobs_old DEFAULT")
+    blank.do("CREATE TABLE another (id int)")
+    target = Target(
+        table="jobs",
+        in_flight=("running",),
+        terminal=("crashed",),
+        columns=Columns(id=("id", "at"), created_at="at"),
+    )
+
+    async def kept_out_by_a_lock_of(table: LiteralString) -> bool:
+        with blank.connect() as indexing:
+            indexing.execute("LOCK TABLE " + table + " IN SHARE MODE")
+            async with engine.connect() as db:
+                return await are_writers_kept_out(db, SweepRequest(asked_by="t", target=target))
+
+    assert await kept_out_by_a_lock_of("jobs_oldest")
+    assert await kept_out_by_a_lock_of("ONLY jobs_old")
+    assert not await kept_out_by_a_lock_of("another")

@@ -13,7 +13,20 @@ from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Text, and_, false, func, literal, or_, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    Text,
+    and_,
+    case,
+    false,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+    tuple_,
+)
 from sqlalchemy.dialects.postgresql import TIMESTAMP, aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -311,20 +324,21 @@ async def look_at_silence(
         sqlalchemy.exc.DBAPIError: as the database raised it.
     """
     runs = await runs_table(db, request.target)
-    # A lock, and what is out of scope, is no silence; a run that is exempt, or may be silent for
-    # longer, is no sign of life.
-    proves_nothing = and_(~runs.is_locked, *_scope(runs, request))
+    # What is out of scope is no orphan of this sweep, and no sign of life either; nor is a run that
+    # is exempt, or may be silent for longer. A lock that is held is one.
+    is_in_scope = and_(true(), *_scope(runs, request))
     row = _each_once(
         select(
-            (runs.text("worker_id") if runs.has("worker_id") else runs.run_id).label("worker"),
-            func.coalesce(proves_nothing, false()).label("proves_nothing"),
+            _who_is_counted(runs).label("worker"),
+            func.coalesce(~runs.is_locked, false()).label("proves_nothing"),
+            func.coalesce(is_in_scope, false()).label("is_in_scope"),
             runs.sign_of_life.label("sign"),
             threshold_of(runs, request).label("threshold"),
         )
         .select_from(runs.reads_from())
         .where(runs.in_flight, *([] if among is None else [among]))
     )
-    overdue = and_(row.sign <= NOW - row.threshold, row.proves_nothing)
+    overdue = and_(row.sign <= NOW - row.threshold, row.proves_nothing, row.is_in_scope)
     run = _each_once(select(*row, overdue.label("silent")))
     each = (
         select(
@@ -353,3 +367,15 @@ async def look_at_silence(
     row = (await db.execute(statement)).mappings().one()
     counted = "workers" if runs.has("worker_id") else "runs"
     return Silence(counted=counted, **{**row, "orphans": int(row["orphans"])})
+
+
+def _who_is_counted(runs: RunsTable) -> ColumnElement[str]:
+    """The worker of each run; NULL for a run that nobody has taken yet.
+
+    One that has beaten, and does not say whose it is, counts as a worker of its own: else a fleet
+    that leaves the column empty would be none, of which nothing is ever too much.
+    """
+    if not runs.has("worker_id"):
+        return runs.run_id
+    has_beaten = or_(false(), *(time.is_not(None) for time in runs.beats.values()))
+    return func.coalesce(runs.text("worker_id"), case((has_beaten, runs.run_id)))

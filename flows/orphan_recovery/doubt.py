@@ -62,11 +62,14 @@ class Circumstances:
         return self.seen_at - (self.timeline_seen_at or self.seen_at)
 
     def slept_for(self, request: SweepRequest) -> timedelta | None:
-        """For how long no sweep has looked, where that is longer than the threshold."""
+        """For how long no sweep has looked, where that is longer than a threshold: the shortest,
+        where it is by time alone that runs are judged."""
         if self.last_sweep_at is None:
             return None
+        by_time = request.target.lock is None and request.returned is None
+        least = shortest(request) if by_time else timedelta(minutes=request.minutes)
         slept = self.seen_at - self.last_sweep_at
-        return slept if slept > timedelta(minutes=request.minutes) else None
+        return slept if slept > least else None
 
     def back_since(self, request: SweepRequest) -> datetime | None:
         """Since when whoever lives can have come back; None if nobody was kept from beating for
@@ -126,9 +129,14 @@ async def are_writers_kept_out(db: Executor, request: SweepRequest) -> bool:
 
 _LOCKED_AGAINST_WRITES: Final = text(
     """
+    WITH RECURSIVE kept AS (  -- with their parts, each of which may be locked by itself
+        SELECT unnest(CAST(:tables AS oid[])) AS oid
+        UNION
+        SELECT part.inhrelid FROM pg_catalog.pg_inherits AS part JOIN kept ON inhparent = kept.oid
+    )
     SELECT EXISTS (
         SELECT FROM pg_catalog.pg_locks
-        WHERE locktype = 'relation' AND granted AND relation = ANY (CAST(:tables AS oid[]))
+        WHERE locktype = 'relation' AND granted AND relation IN (SELECT oid FROM kept)
           AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
           AND mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
     )

@@ -342,6 +342,8 @@ def _open_runs(table: RunsTable, target: Target) -> Select[Any]:
             _HOLDS.c.target == target.name,
             _HOLDS.c.ended_at.is_(None),
             _HOLD_RUNS.c.run_id == table.run_id,
+            # What was heard of since may be another attempt, of whose death nobody has judged.
+            table.sign_of_life <= _HOLDS.c.opened_at,
         )
     )
 

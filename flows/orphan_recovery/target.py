@@ -336,6 +336,12 @@ class Target(_Described):
         return timedelta(seconds=self.heartbeat_seconds or DEFAULT_BEAT_SECONDS)
 
     @property
+    def shortest_threshold(self) -> timedelta:
+        """The shortest that a run may have by itself: the target's own, or a rule's."""
+        rules = [rule.threshold_minutes for rule in self.rules if rule.threshold_minutes]
+        return timedelta(minutes=min([self.threshold_minutes, *rules]))
+
+    @property
     def ends(self) -> tuple[str, ...] | None:
         """The terminal statuses, those of the default table among them; None if unknown."""
         if self.terminal is None and self.is_default_table:

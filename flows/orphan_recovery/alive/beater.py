@@ -109,7 +109,7 @@ class Beater:
         self, run_id: str, worker_id: str | None, on_loss: Callable[[RunLost], None]
     ) -> OwnRun:
         """Beat for a run from now on. The first beat goes out at once."""
-        threshold = timedelta(minutes=self.target.threshold_minutes)
+        threshold = self.target.shortest_threshold  # until a beat has told the run's own
         if self._locks is not None:
             threshold = self._locks.lost_after
         own = OwnRun(run_id, worker_id, on_loss, threshold.total_seconds())

@@ -41,11 +41,10 @@ def interval_for(target: Target, interval: float | None) -> float:
             "sweeps wait two beats of its own for a lock: leave the interval out, and set "
             f"{where(target, 'heartbeat_seconds')}"
         )
-    rules = [rule.threshold_minutes for rule in target.rules if rule.threshold_minutes]
-    least = 60 * min([target.threshold_minutes, *rules])
+    least = target.shortest_threshold.total_seconds()
     if seconds <= 0 or seconds * BEATS_IN_A_THRESHOLD > least:
         raise ConfigurationError(
-            f"a beat every {seconds:g} seconds does not go with a threshold of {least} seconds "
+            f"a beat every {seconds:g} seconds does not go with a threshold of {least:g} seconds "
             f"(target {target.name!r}): beat at least {BEATS_IN_A_THRESHOLD} times within it"
         )
     return seconds
