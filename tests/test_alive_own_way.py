@@ -18,6 +18,7 @@ from orphan_recovery.alive import beater, claim, finish_run, keep_alive, write
 from orphan_recovery.alive.beat import Beaten, beat_for
 from orphan_recovery.alive.beater import Beater
 from orphan_recovery.alive.beaters import beater_at_hand, beater_of
+from orphan_recovery.alive.lost import LostBy
 from orphan_recovery.attempt import in_transaction
 from orphan_recovery.database import POOL_SIZE, database_url, make_engine
 from orphan_recovery.targets import find_target
@@ -294,3 +295,18 @@ async def test_until_a_beat_has_come_through_the_shortest_threshold_holds(
             assert found is not None
             [own] = found.own_runs_of("short", None)
             assert own.lost_after == 60
+
+
+async def test_a_host_that_was_suspended_for_a_threshold_has_lost_the_run(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its monotonic clock stood still meanwhile; the database's did not."""
+    db.add_run("run", age="1 second")
+    with db.connect() as holder:  # so that no beat comes through first
+        holder.execute("SELECT FROM worker_runs FOR UPDATE")
+        async with keep_alive("run", interval=OFTEN) as alive:
+            before = beater.host_seconds
+            monkeypatch.setattr(beater, "host_seconds", lambda: before() + 31 * 60)
+            await asyncio.to_thread(until, lambda: alive.lost is not None, "its loss", 20)
+    assert alive.lost is not None
+    assert alive.lost.by is LostBy.UNPROVEN

@@ -131,8 +131,16 @@ async def what_is_held(db: Executor, request: SweepRequest, *, is_new: bool = Fa
     """What a sweep may not mark, as it is now: the orphans of holds that nobody has released, or
     whose release has expired. Reads only.
 
+    Args:
+        db: where to read.
+        request: the sweep; of what is out of its scope nothing is told.
+        is_new: whether this sweep has opened the latest of these holds itself.
+
     Returns:
         None if there are none; else by the latest of these holds.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any database error.
     """
     target, table = request.target, await runs_table(db, request.target)
     unreleased = await _standing(db, target)

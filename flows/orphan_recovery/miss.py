@@ -23,7 +23,22 @@ from orphan_recovery.verdict import Outcome, Verdict
 async def name_misses(
     db: Executor, table: RunsTable, request: SweepRequest, runs: Sequence[WorkerRun]
 ) -> dict[str, Verdict | None]:
-    """Say why each of ``runs`` was left alone, from the row and the ledger as they stand now."""
+    """Say why each of ``runs`` was left alone, from the row and the ledger as they stand now.
+    Reads only.
+
+    Args:
+        db: the transaction in which the mark found that they are no orphans.
+        table: where they are.
+        request: the sweep.
+        runs: as it saw them.
+
+    Returns:
+        A verdict for each by its id; None where nothing has changed that explains it: as far as
+        can be seen it is an orphan still.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any database error.
+    """
     statement = _look_anew(table, request)
     found_now = (await db.execute(statement, as_seen(request, runs))).mappings()
     rows = {row["run_id"]: row for row in found_now}

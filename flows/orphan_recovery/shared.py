@@ -47,7 +47,11 @@ it is too short, and a look that would have answered does not.
 
 async def left_by(db: Executor, sweep_id: UUID) -> tuple[Fleet, str | None]:
     """What a sweep that judged all it found saw, less what it marked; and the timeline that it saw.
-    Reads the ledger only."""
+    Reads the ledger only, of a sweep that has ended.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any database error.
+    """
     left = sweeps.c.in_flight - sweeps.c.marked
     found = select(left, sweeps.c.exempt, sweeps.c.opened_at, sweeps.c.timeline)
     row = (await db.execute(found.where(sweeps.c.sweep_id == sweep_id))).one()

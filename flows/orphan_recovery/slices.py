@@ -158,7 +158,18 @@ async def take_slice(
 async def look_at_slice(
     db: Executor, request: SweepRequest, *, size: int, stretch: Stretch, among: Among | None
 ) -> list[WorkerRun]:
-    """The orphans that the next slice would take, as detection sees them. Reads only."""
+    """The orphans that the next slice would take, as detection sees them. Reads only.
+
+    Args:
+        db: where to read.
+        request: the sweep.
+        size: at most so many.
+        stretch: of which runs, and from which end.
+        among: only runs for which this holds.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any database error.
+    """
     table = await runs_table(db, request.target)
     statement = _candidates(table, request, among, backwards=stretch.backwards, shown=True)
     rows = (await db.execute(statement, {"size": size, **stretch.values})).mappings()

@@ -56,7 +56,12 @@ async def summarize_target(target: Target) -> dict[str, Any]:
 
 
 async def crash_summary(db: Executor, target: Target) -> dict[str, Any]:
-    """The same on a connection or session of the caller's."""
+    """The same on a connection or session of the caller's. Reads only.
+
+    Raises:
+        ConfigurationError: the table cannot be used, or there is no ledger.
+        sqlalchemy.exc.DBAPIError: any database error.
+    """
     table = await runs_table(db, target)
     own = target.crash_is_its_own_status
     async with ledger_there():

@@ -42,6 +42,13 @@ RETRY_SHARE: Final = 0.2
 """Share of the interval after which a beat that failed is tried again."""
 IDLE_SECONDS: Final = 30.0
 """After so long without a use, connections are given back to the server."""
+_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def host_seconds() -> float:
+    """This host's clock, which nobody sets; with the time in which the host was suspended, where
+    the system tells: the database's went on meanwhile, and so did the threshold."""
+    return time.clock_gettime(_CLOCK)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +60,8 @@ class OwnRun:
     on_loss: Callable[[RunLost], None]
     lost_after: float
     """Seconds without proof after which it is lost; infinite for a run that is never an orphan."""
-    proven_at: float = field(default_factory=time.monotonic)
-    """When the last beat that came through was sent, by this process's monotonic clock."""
+    proven_at: float = field(default_factory=lambda: host_seconds())
+    """When the last beat that came through was sent, by this host's clock."""
     is_finishing: bool = False
     """Whether its own result is on its way: then it is no loss that the run has ended."""
     lost: RunLost | None = None
@@ -259,7 +266,7 @@ class Beater:
             return True
         told, well = Beaten({}, {}, {}), True
         limit = self._longest(own_runs)
-        sent_at = self._beaten_at = time.monotonic()
+        sent_at = self._beaten_at = host_seconds()
         try:
             async with bounded(limit):
                 runs = list(dict.fromkeys((own.run_id, own.worker_id) for own in own_runs))
@@ -273,7 +280,7 @@ class Beater:
                 self._patience = 2 * limit
                 await self._beats.dispose()  # its connection may hang for ever
         else:
-            self._patience = max(self._patience / 2, 2 * (time.monotonic() - sent_at))
+            self._patience = max(self._patience / 2, 2 * (host_seconds() - sent_at))
             self._tell_of_success(told.refused)
         self._note(own_runs, told, sent_at)  # what came through before it failed, too
         return well
@@ -296,7 +303,7 @@ class Beater:
 
     async def _rest(self) -> None:
         """Give the beat's connection back, once there was nothing to beat for in a while."""
-        if self._beaten_at is not None and time.monotonic() - self._beaten_at > IDLE_SECONDS:
+        if self._beaten_at is not None and host_seconds() - self._beaten_at > IDLE_SECONDS:
             self._beaten_at = None
             if self._locks is not None:
                 await self._locks.let_go()
@@ -338,7 +345,7 @@ class Beater:
             await self._engine.dispose()
 
     def _fence(self) -> None:
-        now = time.monotonic()
+        now = host_seconds()
         with self._lock:
             overdue = [
                 own
