@@ -6,7 +6,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from alive_support import OFTEN, contests, sweep
+from alive.proxy import Proxy
+from alive_support import COMMIT, OFTEN, contests, sweep
 from orphan_recovery import ConfigurationError
 from orphan_recovery.alive import LostBy, RunLost, claim, finish_run, keep_alive
 from orphan_recovery.schema.migrate import migrate
@@ -69,6 +70,32 @@ async def test_a_status_that_is_a_number_may_be_given_as_one(
     configure(tmp_path, monkeypatch, described, "mail")
     assert await claim("1", "w", status=2)
     await finish_run("1", worker_id="w", status=3)
+    assert blank.one("SELECT status FROM mails") == 3
+
+
+async def test_a_lost_acknowledgement_is_told_by_a_status_that_its_column_writes_otherwise(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    """As 1.0 where it was given as 1: an earlier try was heard all the same."""
+    blank.do(
+        "CREATE TABLE mails (id int PRIMARY KEY, status numeric(3, 1) NOT NULL, worker_id text,"
+        " created_at timestamptz NOT NULL DEFAULT now())"
+    )
+    blank.do("INSERT INTO mails (id, status) VALUES (1, 0)")
+    described = (
+        "[targets.mail]\ntable = 'mails'\nin_flight = [1]\nwaiting = [0]\nterminal = [3, 9]\n"
+        "crashed = 9\n"
+    )
+    configure(tmp_path, monkeypatch, described, "mail")
+    with Proxy(blank.url) as proxy:
+        monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", proxy.url)
+        proxy.lose_reply_to(COMMIT)
+        assert await claim("1", "w")
+        assert proxy.has_lost_a_reply.is_set()
+        proxy.has_lost_a_reply.clear()
+        proxy.lose_reply_to(COMMIT)
+        await finish_run("1", worker_id="w", status=3)
+        assert proxy.has_lost_a_reply.is_set()
     assert blank.one("SELECT status FROM mails") == 3
 
 

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Text,
     and_,
     column,
+    false,
     func,
     literal,
     or_,
@@ -204,9 +205,12 @@ def _beat(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
     )
 
 
-def look(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
-    """The rows of ``runs`` as they stand, and whether each is its worker's own."""
+def look(table: RunsTable, runs: Sequence[Run], status: str | None = None) -> Select[Any]:
+    """The rows of ``runs`` as they stand, whether each is its worker's own, and whether it is as an
+    earlier try would have left it, with ``status``."""
     seen = _as_held(runs)
+    own = is_own(table, seen.c.worker_id)
+    as_left = false() if status is None else and_(own, table.has_status(status))
     return (
         select(
             seen.c.run_id,
@@ -220,7 +224,8 @@ def look(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
             table.text("worker_id").label("worker_id"),
             table.text("completed_at").label("completed_at"),
             table.text("error").label("error"),
-            is_own(table, seen.c.worker_id).label("own"),
+            own.label("own"),
+            as_left.label("as_left"),
         )
         .select_from(seen.join(table.table, table.is_row(seen.c.run_id), isouter=True))
         .order_by(seen.c.run_id)

@@ -181,9 +181,9 @@ def _claim(target: Target, run_id: str, worker_id: str | None, status: str | int
             won = (await db.execute(_claiming(table, run_id, worker_id, running))).first()
             if won is not None or first:
                 return won is not None
-            row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
-            # An earlier try was heard after all.
-            return bool(row["status"] == running and row["own"])
+            look_again = look(table, [(run_id, worker_id)], running)
+            row = (await db.execute(look_again)).mappings().one()
+            return bool(row["as_left"])  # an earlier try was heard after all
 
     return work
 
@@ -233,8 +233,9 @@ def _finish(target: Target, run_id: str, worker_id: str | None, result: Result) 
             table = await runs_table(db, target, anew=True)
             if (await db.execute(_finishing(table, run_id, worker_id, result))).first():
                 return
-            row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
-            if not first and row["own"] and row["status"] == result.status:
+            look_again = look(table, [(run_id, worker_id)], result.status)
+            row = (await db.execute(look_again)).mappings().one()
+            if not first and row["as_left"]:
                 return  # an earlier try was heard after all
         by = lost_by(row) or LostBy.CHANGED_HANDS
         contested = by is LostBy.MARKED and await _contest(
