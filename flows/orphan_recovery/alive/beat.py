@@ -7,7 +7,7 @@ for long must not keep the others from beating.
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -17,7 +17,6 @@ from sqlalchemy import (
     Text,
     and_,
     column,
-    false,
     func,
     literal,
     or_,
@@ -31,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from orphan_recovery.alive.lost import LostBy, RunLost
-from orphan_recovery.database import NOW, describe, transaction
+from orphan_recovery.database import NOW, Span, describe, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.policy import is_outage
 from orphan_recovery.request import SweepRequest
@@ -206,11 +205,20 @@ def _beat(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
 
 
 def look(table: RunsTable, runs: Sequence[Run], status: str | None = None) -> Select[Any]:
-    """The rows of ``runs`` as they stand, whether each is its worker's own, and whether it is as an
-    earlier try would have left it, with ``status``."""
+    """The rows of ``runs`` as they stand, and whether each is its worker's own.
+
+    Args:
+        table: the target's table.
+        runs: as in :func:`beat`.
+        status: what an earlier try would have written: then also whether the row is ``as_left`` by
+            that, and when the run ``went_on_at``, if it did so after a verdict.
+    """
     seen = _as_held(runs)
     own = is_own(table, seen.c.worker_id)
-    as_left = false() if status is None else and_(own, table.has_status(status))
+    tried: list[ColumnElement[Any]] = []
+    if status is not None:
+        tried.append(and_(own, table.has_status(status)).label("as_left"))
+        tried.append(_went_on_at(table).label("went_on_at"))
     return (
         select(
             seen.c.run_id,
@@ -225,7 +233,7 @@ def look(table: RunsTable, runs: Sequence[Run], status: str | None = None) -> Se
             table.text("completed_at").label("completed_at"),
             table.text("error").label("error"),
             own.label("own"),
-            as_left.label("as_left"),
+            *tried,
         )
         .select_from(seen.join(table.table, table.is_row(seen.c.run_id), isouter=True))
         .order_by(seen.c.run_id)
@@ -252,6 +260,20 @@ def is_own(table: RunsTable, worker_id: ColumnElement[Any]) -> ColumnElement[boo
 def _written(table: RunsTable, worker_id: ColumnElement[Any]) -> ColumnElement[str]:
     """A worker as the table writes it, by which a sweep knows it."""
     return table.as_written("worker_id", worker_id) if table.has("worker_id") else worker_id
+
+
+def _went_on_at(table: RunsTable) -> ColumnElement[datetime | None]:
+    """A time that is later than a verdict only where the run went on after it: a queue may have
+    tried it again in its own row.
+
+    A mark writes its own time as the run's end, which the column may round up, or a trigger set a
+    moment later. Where no end is kept, who beats tells: but a beat that does not ask for the status
+    also comes to a run that stands crashed, so it tells nothing where there is an end.
+    """
+    end: ColumnElement[Any] = table.shown("heartbeat_at")
+    if table.has("completed_at"):
+        end = table.shown("completed_at") - literal(timedelta(seconds=1), Span)
+    return func.greatest(table.shown("started_at"), end)
 
 
 def lost_by(row: RowMapping) -> LostBy | None:
