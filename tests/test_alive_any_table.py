@@ -2,16 +2,20 @@
 
 import asyncio
 from pathlib import Path
+from typing import LiteralString
 from uuid import UUID, uuid4
 
 import pytest
+from psycopg import sql
 
-from alive_support import OFTEN, contests, sweep
+from alive.proxy import Proxy
+from alive_support import COMMIT, OFTEN, contests, sweep
 from orphan_recovery import ConfigurationError
 from orphan_recovery.alive import LostBy, RunLost, claim, finish_run, keep_alive
 from orphan_recovery.schema.migrate import migrate
+from orphan_recovery.targets import find_target
 from support import Database, until
-from tables_support import configure, set_for_all
+from tables_support import configure, do, set_for_all
 
 pytestmark = pytest.mark.usefixtures("no_beater_is_left", "the_minute_has_begun")
 
@@ -72,6 +76,32 @@ async def test_a_status_that_is_a_number_may_be_given_as_one(
     assert blank.one("SELECT status FROM mails") == 3
 
 
+async def test_a_lost_acknowledgement_is_told_by_a_status_that_its_column_writes_otherwise(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    """As 1.0 where it was given as 1: an earlier try was heard all the same."""
+    blank.do(
+        "CREATE TABLE mails (id int PRIMARY KEY, status numeric(3, 1) NOT NULL, worker_id text,"
+        " created_at timestamptz NOT NULL DEFAULT now())"
+    )
+    blank.do("INSERT INTO mails (id, status) VALUES (1, 0)")
+    described = (
+        "[targets.mail]\ntable = 'mails'\nin_flight = [1]\nwaiting = [0]\nterminal = [3, 9]\n"
+        "crashed = 9\n"
+    )
+    configure(tmp_path, monkeypatch, described, "mail")
+    with Proxy(blank.url) as proxy:
+        monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", proxy.url)
+        proxy.lose_reply_to(COMMIT)
+        assert await claim("1", "w")
+        assert proxy.has_lost_a_reply.is_set()
+        proxy.has_lost_a_reply.clear()
+        proxy.lose_reply_to(COMMIT)
+        await finish_run("1", worker_id="w", status=3)
+        assert proxy.has_lost_a_reply.is_set()
+    assert blank.one("SELECT status FROM mails") == 3
+
+
 async def test_a_table_with_words_keys_and_naive_times_of_its_own(
     blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +154,91 @@ async def test_a_late_result_is_contested_however_its_key_is_written(
             await finish_run(written, status="done")
         assert (raised.value.by, raised.value.contested) == (LostBy.MARKED, True), written
     assert [contest["run_id"] for contest in contests(blank)] == [str(job)]
+
+
+QUEUE = """
+[targets.queue]
+table = "jobs"
+in_flight = ["running"]
+terminal = ["done", "failed"]
+crashed = "failed"
+"""
+LATER: LiteralString = (
+    "SELECT now() > max(judged_at) + interval '1.1 s' FROM orphan_recovery.verdicts"
+)
+
+
+async def a_marked_job(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    """In a table whose queue has one word for what crashed and for what failed."""
+    do(
+        blank,
+        sql.SQL(
+            "CREATE TABLE jobs (id int PRIMARY KEY, status text NOT NULL, worker_id text,"
+            " created_at timestamptz DEFAULT now(), {} timestamptz)"
+        ).format(sql.Identifier(column)),
+    )
+    target = configure(tmp_path, monkeypatch, QUEUE, "queue")
+    migrate(target)
+    blank.do("INSERT INTO jobs VALUES (1, 'running', 'w', now() - interval '3 hours')")
+    await sweep(target)
+    assert blank.outcomes() == {"1": "marked"}
+
+
+@pytest.mark.parametrize("shown_by", ["started_at", "heartbeat_at", "completed_at"])
+async def test_a_run_that_was_tried_again_in_its_own_row_and_failed_by_itself_contests_nothing(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_by: str
+) -> None:
+    """Its worker, which is back, reports once more: the verdict on the try before is none of it."""
+    await a_marked_job(blank, tmp_path, monkeypatch, shown_by)
+    again = sql.SQL("UPDATE jobs SET status = 'running', {} = {}")
+    value = "NULL" if shown_by == "completed_at" else "now()"
+    do(blank, again.format(sql.Identifier(shown_by), sql.SQL(value)))
+    await asyncio.to_thread(until, lambda: blank.one(LATER), "more than a moment to be over")
+    await finish_run("1", worker_id="w", status="failed")
+    with pytest.raises(RunLost) as raised:
+        await finish_run("1", worker_id="w", status="failed")
+    assert (raised.value.contested, contests(blank)) == (False, [])
+
+
+async def test_a_late_result_is_contested_though_the_run_was_tried_again_and_marked_again(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is a verdict's still, if not that on the worker which reports."""
+    await a_marked_job(blank, tmp_path, monkeypatch, "completed_at")
+    await asyncio.to_thread(until, lambda: blank.one(LATER), "more than a moment to be over")
+    blank.do("UPDATE jobs SET status = 'running', worker_id = 'other'")
+    await sweep(find_target("queue"))
+    with pytest.raises(RunLost) as raised:
+        await finish_run("1", worker_id="w", status="done")
+    assert raised.value.contested
+    [first, _] = blank.verdicts()
+    assert [contest["sweep_id"] for contest in contests(blank)] == [first["sweep_id"]]
+
+
+async def test_a_late_result_is_contested_whatever_was_written_to_the_run_that_stands_crashed(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trigger's own time of its end, or a beat that does not ask whether it has ended."""
+    blank.do(
+        "CREATE FUNCTION end_now() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN NEW.completed_at := clock_timestamp(); RETURN NEW; END $$"
+    )
+    await a_marked_job(blank, tmp_path, monkeypatch, "completed_at")
+    blank.do("ALTER TABLE jobs ADD heartbeat_at timestamptz")
+    blank.do("CREATE TRIGGER ends BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION end_now()")
+    blank.do("UPDATE jobs SET status = 'running', worker_id = 'other'")
+    await sweep(find_target("queue"))
+    blank.do("DROP TRIGGER ends ON jobs")
+    assert blank.one(
+        "SELECT j.completed_at > v.judged_at FROM jobs j, orphan_recovery.verdicts v"
+        " WHERE v.worker_id = 'other'"
+    )
+    blank.do("UPDATE jobs SET heartbeat_at = now()")
+    with pytest.raises(RunLost) as raised:
+        await finish_run("1", worker_id="other", status="done")
+    assert raised.value.contested
 
 
 async def test_a_status_that_the_target_does_not_know_is_refused(

@@ -651,6 +651,8 @@ async def test_the_measured_beat_is_what_a_second_look_waits_for(
         db.add_run(f"beats-{n}", worker=f"worker-{n}")
     for n in range(9):
         db.add_run(f"dead-{n}", worker=f"dead-{n}", beat="2 hours")
+    # Younger than two beats, the server would be a reason of its own.
+    own.await_age(timedelta(seconds=5))
     began = time.monotonic()
     db.do("UPDATE worker_runs SET heartbeat_at = now() - interval '0.3 s' WHERE id LIKE 'beats%'")
     report = await sweep()

@@ -14,6 +14,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from orphan_recovery import ConfigurationError
 from orphan_recovery.cli import main as cli
@@ -31,6 +32,7 @@ from orphan_recovery.words import iso
 from prefect_support import run
 from sql_support import a_role, printed, psql, seen_by
 from support import Database, database_of_its_own, ended_in_the_ledger, until
+from tables_support import do
 
 
 async def sweep(**asked: Any) -> SweepReport:
@@ -396,6 +398,61 @@ async def test_a_dry_run_holds_nothing_and_writes_nothing(db: Database) -> None:
     [before] = holds(db)
     assert (await sweep(dry_run=True)).ended_well
     assert (holds(db), len(db.sweeps())) == ([before], 1)
+
+
+async def test_a_dry_run_tells_of_what_a_sweep_would_not_mark_by_a_hold_and_writes_nothing(
+    db: Database,
+) -> None:
+    silent = add_workers(db, 12, silent=True)
+    hold = (await sweep()).held
+    assert hold is not None
+    add_workers(db, 30, silent=False)
+    db.add_run("not named", worker="another")
+    before = (holds(db), approvals(db), db.sweeps(), db.verdicts())
+    named = f"(hold {hold.hold_id}, which nobody has released)"
+    report = await sweep(dry_run=True)
+    assert (report.detected, report.held, report.ended_well) == (13, None, True)
+    assert report.headline().endswith(f"HELD: 12 orphaned runs not marked {named}")
+    [step] = report.next_steps()
+    assert f"orphan-recovery approve {hold.hold_id} --target default" in step
+    narrow = await sweep(dry_run=True, worker=silent[3])
+    assert narrow.headline().endswith(f"HELD: 1 orphaned run not marked {named}")
+    assert "HELD" not in (await sweep(dry_run=True, worker="another")).headline()
+    assert (holds(db), approvals(db), db.sweeps(), db.verdicts()) == before
+    real = await sweep()
+    assert real.held is not None
+    assert (real.held.hold_id, real.held.runs, real.recovered) == (hold.hold_id, 12, 1)
+    await release(db, hold.hold_id)
+    released = await sweep(dry_run=True)
+    assert (released.detected, released.next_steps()) == (12, [])
+
+
+async def test_a_dry_run_tells_of_no_hold_that_a_sweep_would_close(db: Database) -> None:
+    silent = add_workers(db, 12, silent=True)
+    await sweep()
+    beat(db, silent[:8])
+    looked = await sweep(dry_run=True)
+    assert (looked.detected, looked.next_steps()) == (4, [])
+    assert [hold["ended_at"] for hold in holds(db)] == [None]
+    assert (await sweep()).recovered == 4
+
+
+async def test_a_dry_run_needs_no_right_to_read_the_ledger(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_workers(db, 12, silent=True)
+    await sweep()
+    with a_role(db, "reader") as name:
+        who = sql.Identifier(name)
+        for grant in ("CREATE ROLE {} LOGIN", "GRANT SELECT ON worker_runs TO {}"):
+            do(db, sql.SQL(grant).format(who))
+        with seen_by(db, name) as reader:
+            monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", reader.url)
+            first = await sweep(dry_run=True)
+            do(db, sql.SQL("GRANT USAGE ON SCHEMA orphan_recovery TO {}").format(who))
+            second = await sweep(dry_run=True)
+    for report in (first, second):
+        assert (report.error, report.detected) == (None, 12)
 
 
 # While it stands

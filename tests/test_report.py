@@ -4,12 +4,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from orphan_recovery.detect import Fleet
 from orphan_recovery.recover import run_sweep
-from orphan_recovery.report import SweepReport
+from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.report_pages import as_markdown
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.target import Target
@@ -42,6 +43,13 @@ def doubted() -> SweepReport:
     return told
 
 
+def held_already() -> SweepReport:
+    told = report(dry_run=True)
+    evidence = {"silent_workers": 1, "some_silent_workers": ["w1"]}
+    told.stands = Held(UUID(int=7), datetime.now(UTC), evidence, runs=1, is_new=False)
+    return told
+
+
 def postponed() -> SweepReport:
     told = report()
     told.postponed = "the server was started 2 s ago"
@@ -68,6 +76,14 @@ def contested() -> SweepReport:
             "a sweep would not believe that at once, because the server was started 2 s ago",
             "a sweep would not believe that at once",
             "See whether the workers of these runs live.",
+        ),
+        (
+            held_already(),
+            "a sweep would be HELD: 1 orphaned run not marked (hold "
+            "00000000-0000-0000-0000-000000000007, which nobody has released)",
+            "a sweep would be HELD: …",
+            "release their runs with `orphan-recovery approve "
+            "00000000-0000-0000-0000-000000000007 --target billing`",
         ),
         (
             postponed(),
@@ -102,7 +118,7 @@ def contested() -> SweepReport:
             "Set the clock of those hosts right",
         ),
     ],
-    ids=["dry run", "postponed", "contested", "hidden", "undatable", "ahead"],
+    ids=["dry run", "held already", "postponed", "contested", "hidden", "undatable", "ahead"],
 )
 def test_a_warning_is_what_is_in_the_headline_and_what_to_do_below_it(
     told: SweepReport, headline: str, quoted: str, step: str

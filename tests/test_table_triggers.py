@@ -89,6 +89,66 @@ async def test_a_mark_that_is_taken_back_after_it_was_written_is_none(
     assert "a trigger of the table put 'k' back in flight" in told
 
 
+IN_PARTS: dict[str, tuple[LiteralString, LiteralString]] = {
+    "a part's own": (
+        "CREATE TABLE jobs (id text PRIMARY KEY, status text, created_at timestamptz)"
+        " PARTITION BY LIST (id);"
+        "CREATE TABLE some_jobs PARTITION OF jobs DEFAULT PARTITION BY LIST (id);"
+        "CREATE TABLE more_jobs PARTITION OF some_jobs DEFAULT",
+        "UPDATE ON more_jobs",
+    ),
+    "a child's": (
+        "CREATE TABLE jobs (id text PRIMARY KEY, status text, created_at timestamptz);"
+        "CREATE TABLE more_jobs () INHERITS (jobs)",
+        "UPDATE ON more_jobs",
+    ),
+    "that of the part which a run leaves": (
+        "CREATE TABLE jobs (id text, status text, created_at timestamptz,"
+        " PRIMARY KEY (id, status)) PARTITION BY LIST (status);"
+        "CREATE TABLE more_jobs PARTITION OF jobs FOR VALUES IN ('running');"
+        "CREATE TABLE jobs_over PARTITION OF jobs DEFAULT",
+        "DELETE ON more_jobs",
+    ),
+    "that of the part which a run comes to": (
+        "CREATE TABLE jobs (id text, status text, created_at timestamptz,"
+        " PRIMARY KEY (id, status)) PARTITION BY LIST (status);"
+        "CREATE TABLE more_jobs PARTITION OF jobs FOR VALUES IN ('running');"
+        "CREATE TABLE jobs_over PARTITION OF jobs DEFAULT",
+        "INSERT ON jobs_over",
+    ),
+}
+
+
+@pytest.mark.parametrize("limit", [None, 10], ids=["slices", "pages"])
+@pytest.mark.parametrize("whose", IN_PARTS)
+async def test_a_mark_that_a_trigger_below_the_table_takes_back_is_none(
+    blank: Database, whose: str, limit: int | None
+) -> None:
+    """Where no trigger is to be seen on the table itself."""
+    ddl, event = IN_PARTS[whose]
+    blank.do(ddl)
+    target = Target(name="jobs", table="jobs")
+    migrate(target)
+    blank.do(
+        "INSERT INTO more_jobs SELECT n, 'running', now() - interval '2 hours'"
+        " FROM unnest('{a,k,z}'::text[]) AS n"
+    )
+    blank.do(
+        "CREATE FUNCTION start_again() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " UPDATE jobs SET status = 'running' WHERE id = 'k' AND status = 'crashed';"
+        " RETURN NULL; END $$"
+    )
+    blank.do(
+        "CREATE TRIGGER start_again AFTER " + event + " FOR EACH ROW EXECUTE FUNCTION start_again()"
+    )
+    report = await run_sweep(SweepRequest(target=target, asked_by="test", limit=limit))
+    assert (report.error, report.recovered, report.failed) == (None, 2, 1)
+    assert blank.outcomes() == {"a": "marked", "k": "failed", "z": "marked"}
+    assert blank.one("SELECT status FROM jobs WHERE id = 'k'") == "running"
+    [told] = [verdict["error"] for verdict in blank.verdicts() if verdict["run_id"] == "k"]
+    assert "a trigger of the table put 'k' back in flight" in told
+
+
 @pytest.mark.parametrize("code", ["08001", "P0001"])
 @pytest.mark.parametrize("limit", [None, 10], ids=["slices", "pages"])
 async def test_what_is_raised_at_the_commit_fails_its_run_alone(

@@ -33,6 +33,8 @@ from orphan_recovery.verdict import Outcome
 
 WHOSE: Final = ("worker_id", "tenant_id", "task")
 EVIDENCE: Final = ("status", "sign_of_life", "evidence", "threshold", "rule")
+_INSERT, _DELETE, _UPDATE = 4, 8, 16
+"""What a trigger fires for, as pg_trigger has it."""
 
 
 class UndoneError(RuntimeError):
@@ -109,12 +111,21 @@ async def require_stands(db: Executor, table: RunsTable, request: SweepRequest) 
 @lru_cache(maxsize=64)
 def _undone_after(table: RunsTable, request: SweepRequest) -> Select[Any]:
     # Of a table without such a trigger, as nearly all are, nothing else is read. The truth trigger
-    # refuses, and puts nothing back.
-    after_update = text(
-        "EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = :oid AND NOT tgisinternal"
-        " AND tgenabled <> 'D' AND tgtype & 2 = 0 AND tgtype & 16 <> 0"
+    # refuses, and puts nothing back. Asked anew each time: it takes a hundredth of a millisecond,
+    # and a part or a trigger may be added in mid-sweep.
+    acts_after = text(
+        "EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = ANY (ARRAY("
+        " WITH RECURSIVE below (oid) AS (SELECT CAST(:oid AS oid) UNION SELECT inhrelid"
+        " FROM pg_catalog.pg_inherits JOIN below ON inhparent = below.oid)"
+        " SELECT oid FROM below)) AND NOT tgisinternal"
+        " AND tgenabled <> 'D' AND tgtype & 2 = 0 AND tgtype & :events <> 0"
         " AND tgfoid IS DISTINCT FROM to_regprocedure(:truth))"
-    ).bindparams(oid=table.relation.oid, truth=f"{SCHEMA}.prevent_worker_run_mutation()")
+    ).bindparams(
+        oid=table.relation.oid,
+        # A row that the mark moves to another part is deleted in the one and inserted in the other.
+        events=_UPDATE | _INSERT | _DELETE if table.relation.kind == "p" else _UPDATE,
+        truth=f"{SCHEMA}.prevent_worker_run_mutation()",
+    )
     own = verdicts.alias("orphan_recovery_own")  # the runs may be called verdicts, too
     mine = (
         select(own.c.run_id)
@@ -125,7 +136,7 @@ def _undone_after(table: RunsTable, request: SweepRequest) -> Select[Any]:
     return (
         select(table.run_id)
         .select_from(table.table)
-        .where(after_update, table.in_flight, mine.exists())
+        .where(acts_after, table.in_flight, mine.exists())
         .limit(10)
     )
 

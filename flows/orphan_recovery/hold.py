@@ -24,6 +24,7 @@ from sqlalchemy import (
     insert,
     literal,
     select,
+    text,
     true,
     update,
 )
@@ -33,7 +34,7 @@ from orphan_recovery.database import NOW, Executor, Span
 from orphan_recovery.describe import runs_table
 from orphan_recovery.detect import Among, Silence, look_at_silence, orphans
 from orphan_recovery.doubt import Circumstances
-from orphan_recovery.ledger import approvals, hold_runs, holds, verdicts
+from orphan_recovery.ledger import SCHEMA, approvals, hold_runs, holds, verdicts
 from orphan_recovery.report import Held
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.rules import threshold_of
@@ -95,11 +96,7 @@ async def decide(
     only = true() if among is None else among(table)
     name = literal(f"orphan_recovery hold {target.name}", Text)
     await db.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
-    workers = cast(holds.c.evidence["workers"].astext, Integer)
-    is_open = select(func.count(), func.max(workers)).where(
-        holds.c.target == target.name, holds.c.ended_at.is_(None)
-    )
-    any_open, workers_then = (await db.execute(is_open)).one()
+    any_open, workers_then = await _are_open(db, target)
     if seen is not None and not any_open and not seen.is_too_much(target):
         return Decision(None, seen_silent(request, seen_at, among), seen.orphans)
     silence = await look_at_silence(db, request, only)
@@ -107,11 +104,9 @@ async def decide(
     if not silence.is_too_much(target):
         if not any_open:
             return Decision(None, eligible, silence.orphans)
-        if request.is_whole and among is None:
-            named = await look_at_silence(db, request, _in_open_hold(table, target))
-            if not named.orphans or silence.is_over(target, workers_then):
-                await _close_all(db, request)
-                return Decision(None, eligible, silence.orphans)
+        if among is None and await _are_over(db, request, silence, workers_then):
+            await _close_all(db, request)
+            return Decision(None, eligible, silence.orphans)
     rest = silence
     if any_open:
         rest = await look_at_silence(db, request, and_(only, ~_in_open_hold(table, target)))
@@ -156,6 +151,38 @@ async def what_is_held(db: Executor, request: SweepRequest, *, is_new: bool = Fa
         is_new=is_new,
         others=tuple(other for other, _, _ in others),
     )
+
+
+async def what_stands(db: Executor, request: SweepRequest, silence: Silence) -> Held | None:
+    """What a sweep would not mark by the holds before it, for a dry run, which needs no ledger.
+    Reads only.
+
+    Args:
+        db: where to read.
+        request: the dry run.
+        silence: what it saw.
+
+    Returns:
+        As :func:`what_is_held`; None, too, where a sweep would close the holds, and where there is
+        no ledger that this role may read.
+    """
+    if not (await db.execute(_MAY_READ)).scalar_one():
+        return None
+    held = await what_is_held(db, request)
+    if held is None or silence.is_too_much(request.target):
+        return held
+    _, workers_then = await _are_open(db, request.target)
+    return None if await _are_over(db, request, silence, workers_then) else held
+
+
+_MAY_READ: Final = text(
+    """
+    SELECT count(*) = 3 FROM pg_catalog.pg_class AS c
+    JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = :ledger AND c.relname IN ('holds', 'hold_runs', 'approvals')
+      AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+    """
+).bindparams(ledger=SCHEMA)
 
 
 def seen_silent(
@@ -285,6 +312,27 @@ async def _open(
         )
     )
     return hold_id
+
+
+async def _are_open(db: Executor, target: Target) -> tuple[int, int | None]:
+    """How many holds are open, and how many workers there were at most when they were opened."""
+    workers = cast(holds.c.evidence["workers"].astext, Integer)
+    is_open = select(func.count(), func.max(workers)).where(
+        holds.c.target == target.name, holds.c.ended_at.is_(None)
+    )
+    count, workers_then = (await db.execute(is_open)).one()
+    return count, workers_then
+
+
+async def _are_over(
+    db: Executor, request: SweepRequest, silence: Silence, workers_then: int | None
+) -> bool:
+    """Whether the open holds are to be closed by a sweep that sees no more than that silent."""
+    if not request.is_whole:
+        return False
+    table = await runs_table(db, request.target)
+    named = await look_at_silence(db, request, _in_open_hold(table, request.target))
+    return not named.orphans or silence.is_over(request.target, workers_then)
 
 
 async def _close_all(db: Executor, request: SweepRequest) -> None:

@@ -6,11 +6,12 @@ stands already, and a sweep is closed once, by the ledger's own counts.
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import (
+    ColumnElement,
     Row,
     ScalarSelect,
     Subquery,
@@ -168,6 +169,7 @@ async def record_contest(
     worker_id: str | None,
     reported_status: str,
     any_worker: bool = False,
+    went_on_at: datetime | None = None,
 ) -> bool:
     """Record that a result was reported for a run that stands marked. Does not commit.
 
@@ -178,13 +180,23 @@ async def record_contest(
         worker_id: who reported; None if that is not to be checked.
         reported_status: what the run would have ended as.
         any_worker: the target keeps no workers, so that whoever reports held the run.
+        went_on_at: when the run is known to have gone on, in its own row; None if it is not.
 
     Returns:
         True if a verdict of the ledger is contested by it, now or already; False if the run was
         not marked by any sweep, or while another held it: that says nothing of whether its holder
-        lived.
+        lived. Nor does it if the run went on after its last verdict, and so has an end of its own.
     """
     whose = true() if any_worker or worker_id is None else verdicts.c.worker_id == worker_id
+    marks = verdicts.alias("orphan_recovery_marks")
+    last = select(func.max(marks.c.judged_at)).where(
+        marks.c.target == target,
+        marks.c.run_id == run_id,
+        marks.c.outcome == Outcome.MARKED.value,
+    )
+    its_end: ColumnElement[bool] = true()
+    if went_on_at is not None:
+        its_end = literal(went_on_at, NOW.type) <= last.scalar_subquery()
     verdict = (
         select(
             verdicts.c.sweep_id,
@@ -195,7 +207,7 @@ async def record_contest(
             NOW,
         )
         .where(verdicts.c.target == target, verdicts.c.run_id == run_id)
-        .where(verdicts.c.outcome == Outcome.MARKED.value, whose)
+        .where(verdicts.c.outcome == Outcome.MARKED.value, whose, its_end)
         .order_by(verdicts.c.judged_at.desc())
         .limit(1)
     )

@@ -69,6 +69,8 @@ class SweepReport:
     doubted: str | None = None
     """Why a sweep would not believe yet what a dry run saw."""
     held: Held | None = None
+    stands: Held | None = None
+    """What a dry run saw that a sweep would not mark, by a hold before it."""
     seen_by: UUID | None = None
     """The sweep that looked in its place, after this one had begun, and judged what it found."""
     server_started_at: datetime | None = None
@@ -206,6 +208,14 @@ class SweepReport:
         if self.fleet is None:
             return []
         found, target = [], self.request.target
+        if self.stands:
+            found.append(
+                (
+                    f"a sweep would be HELD: {_runs(self.stands.runs)} not marked (hold "
+                    f"{self.stands.hold_id}, which nobody has released)",
+                    " ".join(self._ways_out_of(self.stands)),
+                )
+            )
         if self.doubted:
             found.append(
                 (
@@ -279,19 +289,7 @@ class SweepReport:
         hints = (missing_right(error or "", self.request.target.name) for error in errors)
         steps += [hint for hint in hints if hint][:1]
         if self.held:
-            target = self.request.target.name
-            some = some_of(self.held.silent, self.held.evidence["silent_workers"])
-            steps.append(
-                f"See whether those workers live{some}: look at "
-                "their hosts, their network, and the database they beat to. If they are dead, "
-                "release their runs with "
-                f"`orphan-recovery approve {self.held.hold_id} --target {target}`, or by resuming "
-                "the held flow run in Prefect's UI; the next sweep marks them. If they live, do "
-                "nothing: the hold is closed by the first sweep that hears of them."
-            )
-            if self.held.others:
-                others = ", ".join(map(str, self.held.others))
-                steps.append(f"These stand too, each to be released by itself: {others}.")
+            steps += self._ways_out_of(self.held)
         if self.failed:
             one = self.failed == 1
             where = "the table of verdicts says why"
@@ -304,6 +302,22 @@ class SweepReport:
                 "fails again until it is mended."
             )
         steps += [way_out for _, way_out in self.warnings()]
+        return steps
+
+    def _ways_out_of(self, held: Held) -> list[str]:
+        target = self.request.target.name
+        some = some_of(held.silent, held.evidence["silent_workers"])
+        steps = [
+            f"See whether those workers live{some}: look at "
+            "their hosts, their network, and the database they beat to. If they are dead, "
+            "release their runs with "
+            f"`orphan-recovery approve {held.hold_id} --target {target}`, or by resuming "
+            "the held flow run in Prefect's UI; the next sweep marks them. If they live, do "
+            "nothing: the hold is closed by the first sweep that hears of them."
+        ]
+        if held.others:
+            others = ", ".join(map(str, held.others))
+            steps.append(f"These stand too, each to be released by itself: {others}.")
         return steps
 
     def as_dict(self) -> dict[str, Any]:

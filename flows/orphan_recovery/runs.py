@@ -206,17 +206,18 @@ class RunsTable:
     def in_flight(self) -> ColumnElement[bool]:
         """Values of the column's own type: only so does the partial index serve them; and what
         equals them there may be another text (``1.0``, or another case)."""
-        return self._has_status(*self.target.in_flight)
+        return self.has_status(*self.target.in_flight)
 
     @cached_property
     def is_waiting(self) -> ColumnElement[bool]:
-        return self._has_status(*self.target.waiting)
+        return self.has_status(*self.target.waiting)
 
     @cached_property
     def is_crashed(self) -> ColumnElement[bool]:
-        return self._has_status(self.target.crashed)
+        return self.has_status(self.target.crashed)
 
-    def _has_status(self, *words: str) -> ColumnElement[bool]:
+    def has_status(self, *words: str) -> ColumnElement[bool]:
+        """Whether the status is one of these, as its column compares."""
         kind = self.facts["status"].type
         return self.table.c.status.in_([literal(word, kind) for word in words])
 

@@ -29,11 +29,11 @@ from orphan_recovery.doubt import (
     look_at_server,
 )
 from orphan_recovery.events import log_doubt, log_held, log_sight
-from orphan_recovery.hold import Decision, decide, what_is_held
+from orphan_recovery.hold import Decision, decide, what_is_held, what_stands
 from orphan_recovery.ledger import ledger_there
 from orphan_recovery.mark import has_verdict, settle
 from orphan_recovery.record import close_sweep, open_sweep
-from orphan_recovery.report import SweepReport
+from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import Evidence
 from orphan_recovery.runs import RunsTable
@@ -74,6 +74,8 @@ class Look:
     """Whether somebody locked the table against writes."""
     hides_rows: bool = False
     """Whether row security may have kept runs from it."""
+    stands: Held | None = None
+    """Of a dry run: what a sweep would not mark by a hold before it."""
     is_closed: bool = False
     """Whether nothing is left to do, and the ledger has the sweep's end, if it has the sweep."""
 
@@ -132,7 +134,8 @@ async def begin(db: Executor, request: SweepRequest, seen_by: UUID | None = None
     fleet = look.fleet
     log_sight(request, fleet, hides_rows=look.hides_rows)
     if request.dry_run:
-        return replace(look, is_closed=look.is_idle)
+        stands = None if look.silence is None else await what_stands(db, request, look.silence)
+        return replace(look, is_closed=look.is_idle, stands=stands)
     is_closed = await open_sweep(
         db,
         request,
@@ -169,6 +172,7 @@ def tell_of(look: Look, report: SweepReport) -> None:
         too_much = look.silence.is_too_much(report.request.target)
         share = look.silence.in_words() if too_much else None
         report.doubted = share if look.doubt is None else str(look.doubt)
+        report.stands = look.stands
     report.looked(
         look.fleet,
         server_started_at=None if now is None else now.server_started_at,

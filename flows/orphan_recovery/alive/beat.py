@@ -7,7 +7,7 @@ for long must not keep the others from beating.
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from orphan_recovery.alive.lost import LostBy, RunLost
-from orphan_recovery.database import NOW, describe, transaction
+from orphan_recovery.database import NOW, Span, describe, transaction
 from orphan_recovery.describe import runs_table
 from orphan_recovery.policy import is_outage
 from orphan_recovery.request import SweepRequest
@@ -204,9 +204,21 @@ def _beat(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
     )
 
 
-def look(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
-    """The rows of ``runs`` as they stand, and whether each is its worker's own."""
+def look(table: RunsTable, runs: Sequence[Run], status: str | None = None) -> Select[Any]:
+    """The rows of ``runs`` as they stand, and whether each is its worker's own.
+
+    Args:
+        table: the target's table.
+        runs: as in :func:`beat`.
+        status: what an earlier try would have written: then also whether the row is ``as_left`` by
+            that, and when the run ``went_on_at``, if it did so after a verdict.
+    """
     seen = _as_held(runs)
+    own = is_own(table, seen.c.worker_id)
+    tried: list[ColumnElement[Any]] = []
+    if status is not None:
+        tried.append(and_(own, table.has_status(status)).label("as_left"))
+        tried.append(_went_on_at(table).label("went_on_at"))
     return (
         select(
             seen.c.run_id,
@@ -220,7 +232,8 @@ def look(table: RunsTable, runs: Sequence[Run]) -> Select[Any]:
             table.text("worker_id").label("worker_id"),
             table.text("completed_at").label("completed_at"),
             table.text("error").label("error"),
-            is_own(table, seen.c.worker_id).label("own"),
+            own.label("own"),
+            *tried,
         )
         .select_from(seen.join(table.table, table.is_row(seen.c.run_id), isouter=True))
         .order_by(seen.c.run_id)
@@ -247,6 +260,20 @@ def is_own(table: RunsTable, worker_id: ColumnElement[Any]) -> ColumnElement[boo
 def _written(table: RunsTable, worker_id: ColumnElement[Any]) -> ColumnElement[str]:
     """A worker as the table writes it, by which a sweep knows it."""
     return table.as_written("worker_id", worker_id) if table.has("worker_id") else worker_id
+
+
+def _went_on_at(table: RunsTable) -> ColumnElement[datetime | None]:
+    """A time that is later than a verdict only where the run went on after it: a queue may have
+    tried it again in its own row.
+
+    A mark writes its own time as the run's end, which the column may round up, or a trigger set a
+    moment later. Where no end is kept, who beats tells: but a beat that does not ask for the status
+    also comes to a run that stands crashed, so it tells nothing where there is an end.
+    """
+    end: ColumnElement[Any] = table.shown("heartbeat_at")
+    if table.has("completed_at"):
+        end = table.shown("completed_at") - literal(timedelta(seconds=1), Span)
+    return func.greatest(table.shown("started_at"), end)
 
 
 def lost_by(row: RowMapping) -> LostBy | None:

@@ -8,7 +8,7 @@ result came for a run that stands crashed, the ledger gets a contested verdict.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Text, cast, literal, or_, update
+from sqlalchemy import RowMapping, Text, cast, literal, or_, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -181,9 +181,9 @@ def _claim(target: Target, run_id: str, worker_id: str | None, status: str | int
             won = (await db.execute(_claiming(table, run_id, worker_id, running))).first()
             if won is not None or first:
                 return won is not None
-            row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
-            # An earlier try was heard after all.
-            return bool(row["status"] == running and row["own"])
+            look_again = look(table, [(run_id, worker_id)], running)
+            row = (await db.execute(look_again)).mappings().one()
+            return bool(row["as_left"])  # an earlier try was heard after all
 
     return work
 
@@ -233,13 +233,12 @@ def _finish(target: Target, run_id: str, worker_id: str | None, result: Result) 
             table = await runs_table(db, target, anew=True)
             if (await db.execute(_finishing(table, run_id, worker_id, result))).first():
                 return
-            row = (await db.execute(look(table, [(run_id, worker_id)]))).mappings().one()
-            if not first and row["own"] and row["status"] == result.status:
+            look_again = look(table, [(run_id, worker_id)], result.status)
+            row = (await db.execute(look_again)).mappings().one()
+            if not first and row["as_left"]:
                 return  # an earlier try was heard after all
         by = lost_by(row) or LostBy.CHANGED_HANDS
-        contested = by is LostBy.MARKED and await _contest(
-            engine, table, row["key"], row["held_as"], result
-        )
+        contested = by is LostBy.MARKED and await _contest(engine, table, row, result)
         raise RunLost(run_id, by, found(row), contested=contested)
 
     return work
@@ -265,11 +264,9 @@ def _finishing(table: RunsTable, run_id: str, worker_id: str | None, result: Res
     )
 
 
-async def _contest(
-    engine: AsyncEngine, table: RunsTable, run_id: str, worker_id: str | None, result: Result
-) -> bool:
+async def _contest(engine: AsyncEngine, table: RunsTable, row: RowMapping, result: Result) -> bool:
     """Record that a result came for a run that a verdict had marked. Never raises."""
-    target = table.target
+    target, run_id, worker_id = table.target, row["key"], row["held_as"]
     try:
         async with transaction(engine) as db:
             contested = await record_contest(
@@ -279,6 +276,7 @@ async def _contest(
                 worker_id=worker_id,
                 reported_status=result.status,
                 any_worker=not table.has("worker_id"),
+                went_on_at=row["went_on_at"],
             )
     except DBAPIError as error:  # no ledger there, or no right to write to it
         fields = {"run_id": run_id, "target": target.name, "error": describe(error)}
