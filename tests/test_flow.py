@@ -10,7 +10,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from sqlalchemy import make_url
 
-from orphan_recovery import flow_tasks
+from orphan_recovery import flow_tasks, judge, judge_pages
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
 from orphan_recovery.policy import RetryPlan
 from prefect_support import Api, flow_run_of, marks, sweep
@@ -236,6 +236,24 @@ async def test_slices_that_meet_a_bad_row_mark_the_rest_and_fail_the_flow_run(
     assert db.outcomes() == {**dict.fromkeys(orphans, "marked"), orphans[7]: "failed"}
     assert db.status(orphans[7]) == "running"
     assert loud_marks(caplog) == []
+
+
+async def test_a_run_that_changed_hands_while_slices_were_marked_is_counted_once(
+    db: Database, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orphans = db.add_orphans(30)
+    db.poison(orphans[7])
+    mark_page = judge_pages.mark_page
+
+    async def moved_first(*asked: Any) -> Any:
+        db.do("UPDATE worker_runs SET worker_id = 'another' WHERE id = %s", orphans[9])
+        return await mark_page(*asked)
+
+    monkeypatch.setattr(judge, "mark_page", moved_first)
+    state = await sweep(api, task_each_up_to=10)
+    assert (state.message or "").startswith(
+        "30 orphaned runs detected: 28 marked crashed, 1 changed hands, 1 FAILED"
+    )
 
 
 async def test_slices_that_lose_their_database_end_the_sweep_loudly(

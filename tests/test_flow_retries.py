@@ -1,6 +1,7 @@
 """The flow's retries: what is transient is tried again, by the policy's plan, and nothing else."""
 
 import asyncio
+import logging
 from typing import Any
 
 import psycopg
@@ -9,8 +10,10 @@ from prefect.client.schemas.objects import State
 from psycopg import sql
 from sqlalchemy import make_url
 
+from orphan_recovery import waiting
 from orphan_recovery.flow import TASKS_AT_ONCE
 from orphan_recovery.policy import retry_plan
+from orphan_recovery.waiting import HeldError
 from prefect_support import Api, flow_run_of, marks, sweep
 from support import Database, until
 
@@ -52,6 +55,32 @@ async def test_a_missing_column_is_not_tried_again(db: Database, api: Api) -> No
     assert by_run[orphan]["run_count"] == 1
     [verdict] = db.verdicts()
     assert "SQLSTATE 42703" in verdict["error"]
+
+
+async def test_a_row_that_stays_locked_is_not_tried_again_for_longer_than_a_sweep_waits(
+    db: Database, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 50)
+    held, free = db.add_orphans(2)
+    with db.connect() as forgotten:
+        forgotten.execute("SELECT FROM worker_runs WHERE id = %s FOR UPDATE", [held])
+        state = await sweep(api)
+    assert state.is_failed()
+    by_run = marks(api.task_runs(flow_run_of(state)))
+    assert (by_run[held]["state_type"], by_run[held]["run_count"]) == ("FAILED", 1)
+    assert db.outcomes() == {held: "failed", free: "marked"}
+    [error] = [v["error"] for v in db.verdicts() if v["run_id"] == held]
+    assert f"somebody holds the row of run '{held}'" in error
+
+
+def test_a_lock_that_is_held_is_told_in_a_line_even_where_retries_are_exhausted() -> None:
+    """Then Prefect logs the error with its traceback."""
+    logger, held = logging.getLogger("prefect.task_runs"), HeldError("somebody holds it")
+    about = (HeldError, held, None)
+    record = logger.makeRecord("task", logging.ERROR, __file__, 1, "exhausted", (), about)
+    assert logger.filter(record)
+    assert record.exc_info is None
 
 
 async def test_every_task_is_retried_by_the_plan_of_the_policy(db: Database, api: Api) -> None:

@@ -2,18 +2,22 @@
 
 import asyncio
 
+import pytest
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from alive.proxy import Proxy
 from alive_support import COMMIT
+from orphan_recovery import waiting
 from orphan_recovery.database import POOL_SIZE, database_url, make_engine, transaction
 from orphan_recovery.detect import detect
 from orphan_recovery.mark_together import SharedMarks
+from orphan_recovery.policy import is_transient
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.sweep import begin
 from orphan_recovery.verdict import Outcome, Verdict
+from orphan_recovery.waiting import HeldError
 from support import Database, until
 
 
@@ -152,6 +156,44 @@ async def test_rows_that_somebody_holds_delay_no_other(db: Database, engine: Asy
         assert db.outcomes() == dict.fromkeys(free, "marked")
     assert {verdict.outcome for verdict in await asyncio.gather(*waiting)} == {Outcome.MARKED}
     assert db.outcomes() == dict.fromkeys(orphans, "marked")
+
+
+async def test_for_all_rows_that_stay_locked_no_longer_is_waited_than_the_bound(
+    db: Database, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits behind that is told who may hold its row, and what is free is marked."""
+    monkeypatch.setattr(waiting, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 50)
+    orphans = db.add_orphans(3 * POOL_SIZE)
+    held, [alone, *free] = orphans[:-3], orphans[-3:]
+    marks = await shared_marks(engine)
+    with db.connect() as forgotten:
+        forgotten.execute("SELECT FROM worker_runs WHERE id = ANY (%s) FOR UPDATE", [held])
+        with pytest.raises(HeldError):
+            await marks.mark(marks.runs[held[0]])
+        monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 60_000)
+        others = asyncio.gather(
+            *(marks.mark(marks.runs[run]) for run in [*held, *free]), return_exceptions=True
+        )
+        ends = await asyncio.wait_for(others, 30)
+        assert {type(end) for end in ends[: len(held)]} == {HeldError}
+        assert all("pg_blocking_pids()" in str(end) for end in ends[: len(held)])
+        await marks.mark(marks.runs[alone])
+    assert db.outcomes() == dict.fromkeys([alone, *free], "marked")
+
+
+async def test_a_lock_time_out_before_the_bound_may_be_tried_again(
+    db: Database, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 50)
+    [held] = db.add_orphans(1)
+    marks = await shared_marks(engine)
+    with db.connect() as holder:
+        holder.execute("SELECT FROM worker_runs FOR UPDATE")
+        with pytest.raises(DBAPIError) as raised:
+            await marks.mark(marks.runs[held])
+    assert is_transient(raised.value)
+    assert (await marks.mark(marks.runs[held])).outcome is Outcome.MARKED
 
 
 async def test_a_lost_acknowledgement_is_no_second_mark(db: Database, proxy: Proxy) -> None:

@@ -20,8 +20,9 @@ from orphan_recovery import (
     recover,
     recover_orphaned_runs,
     recover_target,
+    waiting,
 )
-from orphan_recovery.database import transaction
+from orphan_recovery.database import POOL_SIZE, transaction
 from orphan_recovery.policy import RetryPlan, RetryPolicy, retry_plan
 from orphan_recovery.record import close_sweep
 from orphan_recovery.request import SweepRequest
@@ -128,6 +129,84 @@ async def test_a_row_that_is_held_too_long_fails_alone_and_is_an_orphan_still(
     assert counts(report) == (5, 4, 0, 1)
     assert "lock timeout" in report["runs"][0]["error"]
     assert counts(await recover_orphaned_runs()) == (1, 1, 0, 0)
+
+
+async def test_many_rows_that_stay_locked_cost_a_sweep_no_more_than_its_bound(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock is tried for a minute here: who waited for one would be seen by that."""
+    monkeypatch.setattr(waiting, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 60_000)
+    monkeypatch.setattr(waiting, "HASTY_LOCK_TIMEOUT_MS", 60_000)
+    orphans = db.add_orphans(3 * POOL_SIZE)
+    held, free = orphans[:-2], orphans[-2:]
+    with db.connect() as forgotten:
+        forgotten.execute("SELECT FROM worker_runs WHERE id = ANY (%s) FOR UPDATE", [held])
+        report = await asyncio.wait_for(recover_orphaned_runs(), 30)
+    assert counts(report) == (len(orphans), len(free), 0, len(held))
+    assert db.outcomes() == {**dict.fromkeys(held, "failed"), **dict.fromkeys(free, "marked")}
+    errors = {v["run_id"]: v["error"] for v in db.verdicts() if v["outcome"] == "failed"}
+    for run, error in errors.items():
+        assert f"somebody holds the row of run '{run}', or a lock that its mark needs" in error
+        assert "for all such locks; the next one tries again" in error
+        assert "pg_blocking_pids()" in error
+    assert counts(await recover_orphaned_runs()) == (len(held), len(held), 0, 0)
+
+
+async def test_rows_that_stay_locked_are_not_looked_at_anew_for_longer_than_that(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = list[float]()
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(waiting, "MOST_SECONDS", 0.0)
+    db.add_orphans(POOL_SIZE + 1)
+    with db.connect() as forgotten:
+        forgotten.execute("SELECT FROM worker_runs FOR UPDATE")
+        monkeypatch.setattr("orphan_recovery.judge_pages.asyncio.sleep", noted)
+        assert (await recover_orphaned_runs())["failed"] == POOL_SIZE + 1
+    assert not any(pauses)
+
+
+async def test_what_is_let_go_of_is_marked_even_where_the_sweep_waits_no_longer(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And behind more that are held than a page has."""
+    monkeypatch.setattr(waiting, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(judge_pages, "PAGE", 5)
+    orphans = db.add_orphans(3 * POOL_SIZE)
+    held, free = orphans[:-2], orphans[-2:]
+    with db.connect() as forgotten, db.connect() as worker:
+        forgotten.execute("SELECT FROM worker_runs WHERE id = ANY (%s) FOR UPDATE", [held])
+        worker.execute("SELECT FROM worker_runs WHERE id = ANY (%s) FOR UPDATE", [free])
+        begin = waiting.Waiting.begin
+
+        def let_go(self: waiting.Waiting) -> None:
+            worker.rollback()
+            begin(self)
+
+        monkeypatch.setattr(waiting.Waiting, "begin", let_go)
+        report = await recover_orphaned_runs()
+    assert counts(report) == (len(orphans), len(free), 0, len(held))
+    assert db.outcomes() == {**dict.fromkeys(held, "failed"), **dict.fromkeys(free, "marked")}
+
+
+async def test_no_row_is_tried_again_once_the_sweep_has_waited_long_enough(
+    db: Database, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    """Its five tries take longer than that here."""
+    monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 100)
+    monkeypatch.setattr(waiting, "MOST_SECONDS", 0.25)
+    [orphan] = db.add_orphans(1)
+    with db.connect() as forgotten:
+        forgotten.execute("SELECT FROM worker_runs FOR UPDATE")
+        report = await recover_orphaned_runs()
+    assert counts(report) == (1, 0, 0, 1)
+    assert f"somebody holds the row of run '{orphan}'" in report["runs"][0]["error"]
 
 
 async def test_a_stricter_default_isolation_costs_no_retry(

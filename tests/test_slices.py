@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from alive.proxy import Proxy
 from alive_support import COMMIT
-from orphan_recovery import detect_orphaned_runs, judge, mark_run_as_crashed
+from orphan_recovery import detect_orphaned_runs, judge, judge_pages, mark_run_as_crashed
 from orphan_recovery.database import transaction
 from orphan_recovery.hold import Decision
 from orphan_recovery.lane import enter
@@ -301,6 +301,31 @@ async def test_a_poisoned_row_fails_alone_and_once(
     assert {v["run_id"] for v in db.verdicts() if v["outcome"] == "failed"} == bad
     assert {v.run.id for v in report.verdicts[:3]} == bad
     assert len(db.verdicts()) == 20
+
+
+async def test_a_run_that_changed_hands_beside_a_poisoned_row_is_counted_once(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as silent as before, and so an orphan still: the next sweep's."""
+    first, bad, *others, moved = db.add_orphans(5)
+    db.poison(bad)
+    mark_page = judge_pages.mark_page
+
+    async def moved_first(*asked: Any) -> Any:
+        db.do("UPDATE worker_runs SET worker_id = 'another' WHERE id = %s", moved)
+        return await mark_page(*asked)
+
+    monkeypatch.setattr(judge, "mark_page", moved_first)
+    report = await sweep()
+    assert (report.detected, report.recovered, report.skipped, report.failed) == (5, 3, 1, 1)
+    assert [v.run.id for v in report.verdicts].count(moved) == 1
+    assert db.outcomes() == {
+        **dict.fromkeys([first, *others], "marked"),
+        bad: "failed",
+        moved: "changed_hands",
+    }
+    report = await sweep()
+    assert (report.detected, report.recovered, report.failed) == (2, 1, 1)
 
 
 async def test_times_before_all_times_are_not_forgotten(

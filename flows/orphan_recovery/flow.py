@@ -248,7 +248,8 @@ async def _mark_many(
         finally:
             failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
             progress.hand_over_to(report)
-    await mark_pages(engine, unseen(report), decision, unseen(failed))
+    judged = unseen(progress.judged)
+    await mark_pages(engine, unseen(report), decision, unseen(failed), judged)
 
 
 async def _mark_each(

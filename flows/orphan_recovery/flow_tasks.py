@@ -34,6 +34,7 @@ from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.sweep import Look, begin, decide_on, finish, look_again_at
 from orphan_recovery.turn import in_turn
 from orphan_recovery.verdict import Verdict
+from orphan_recovery.waiting import HeldError
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     """Prefect logs each failed try with forty lines of its own code: of what is told to people in
     one line, that line is all."""
     raised = record.exc_info[1] if record.exc_info else None
-    if isinstance(raised, (DatabaseError, ConfigurationError)):
+    if isinstance(raised, (DatabaseError, ConfigurationError, HeldError)):
         record.exc_info = None
     return True
 
@@ -167,11 +168,15 @@ async def mark_slices(
 
 @task(name="mark-pages", task_run_name="mark-pages", **_RETRIED_WITHIN)
 async def mark_pages(
-    engine: AsyncEngine, report: SweepReport, decision: Decision, failed: list[Verdict]
+    engine: AsyncEngine,
+    report: SweepReport,
+    decision: Decision,
+    failed: list[Verdict],
+    judged: set[str],
 ) -> None:
     """Mark, page by page, what no slice has taken; a dry run lists it. Adds what failed."""
     with errors_in_a_line(), marks_told_quietly(), _telling_how_far(report):
-        await judge_pages(engine, report, decision.among, failed)
+        await judge_pages(engine, report, decision.among, failed, judged)
 
 
 @contextmanager

@@ -68,8 +68,9 @@ class Progress:
     marked: int = 0
     """Of those that are not among the verdicts."""
     verdicts: list[Verdict] = field(default_factory=list)
-    failed: set[str] = field(default_factory=set)
-    """Runs that could not be marked, by either lane."""
+    judged: set[str] = field(default_factory=set)
+    """Runs that have a verdict by going row by row, in either lane: one that failed, or changed
+    hands, may look like an orphan still."""
     traffic: Traffic = field(default_factory=Traffic)
     careful: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One lane at a time goes row by row, so that both do not fail at the same one."""
@@ -121,16 +122,16 @@ async def judge_all(
         sqlalchemy.exc.DBAPIError, OSError: an outage, or an error that is about no run: after the
             retries of the policy. What is marked stands.
     """
-    request, among = report.request, decision.among
+    request, among, judged = report.request, decision.among, set[str]()
     if await in_transaction(engine, partial(is_sliceable, request=request)):
-        progress = Progress(orphans=decision.orphans)
+        progress = Progress(orphans=decision.orphans, judged=judged)
         try:
             await judge_slices(engine, request, progress, among)
         finally:
             failed += [v for v in progress.verdicts if v.outcome is Outcome.FAILED]
             progress.hand_over_to(report)
     # Whatever slices counted: what they passed over, or a server that crashed forgot, is there.
-    await judge_pages(engine, report, among, failed)
+    await judge_pages(engine, report, among, failed, judged)
 
 
 async def judge_slices(
@@ -286,12 +287,12 @@ async def _judge_page_of(
         raise error
     lane.is_through = len(page) < PAGE
     lane.after = position_of(page[-1])
-    page = [run for run in page if run.id not in progress.failed]
+    page = [run for run in page if run.id not in progress.judged]
     if not page:
         return
     log_detected(request, page)
     given = [v for v in await mark_page(engine, request, page) if v is not None]
-    progress.failed |= {v.run.id for v in given if v.outcome is Outcome.FAILED}
+    progress.judged |= {v.run.id for v in given}
     progress.detected += len(given)  # a row that somebody holds comes up again
     progress.verdicts += given
     progress.show -= len(given)

@@ -3,10 +3,12 @@
 The hazard is that one bad row costs the rest its recovery, or one locked row delays it. So a page
 that fails is halved until the bad row stands alone, and rows that others have locked are passed
 over, looked at anew a few times, and only then waited for, each by itself; so are those whose mark
-waits for a lock that a trigger of the table wants, such as on a counter.
+waits for a lock that a trigger of the table wants, such as on a counter. All of them together wait
+no longer than :mod:`orphan_recovery.waiting` says; what is left then is tried once more.
 """
 
 import asyncio
+from collections.abc import Collection
 from functools import partial
 from typing import Final
 
@@ -16,24 +18,27 @@ from orphan_recovery.attempt import LONGEST_TRY_SECONDS, bounded, in_transaction
 from orphan_recovery.database import POOL_SIZE, describe, set_lock_timeout, transaction
 from orphan_recovery.detect import Among, detect
 from orphan_recovery.events import log_detected, log_verdict
-from orphan_recovery.mark import mark, mark_one
+from orphan_recovery.mark import mark
 from orphan_recovery.policy import is_outage, is_transient, waited_too_long
 from orphan_recovery.report import SHOWN, SweepReport
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.verdict import Outcome, Verdict
+from orphan_recovery.waiting import HASTY_LOCK_TIMEOUT_MS, Waiting
 
 PAGE: Final = 500
 """Runs detected, and marked, in one transaction."""
 PATIENCE: Final = 8
 """Rounds in which rows that others have locked, such as another sweep's slice, are looked at anew
 before each is waited for by itself; each after twice as long, two and a half seconds in all."""
-HASTY_LOCK_TIMEOUT_MS: Final = 100
-"""Of the halves of a page that waited in vain for a lock: to find which of its runs wants it."""
 
 
 async def judge_pages(
-    engine: AsyncEngine, report: SweepReport, among: Among | None, failed: list[Verdict]
+    engine: AsyncEngine,
+    report: SweepReport,
+    among: Among | None,
+    failed: list[Verdict],
+    judged: Collection[str] = (),
 ) -> None:
     """Mark page by page, longest silence first, naming whatever is left alone. Commits each page.
 
@@ -43,16 +48,20 @@ async def judge_pages(
         among: only runs for which this holds.
         failed: those of before, which are not tried again; is given the failures, which are yet
             to be settled, also where an error ends it.
+        judged: further runs with a verdict of this sweep, which stands: they are not judged again.
 
     Raises:
         ConfigurationError: the table cannot be used.
         sqlalchemy.exc.DBAPIError, OSError: an outage, or a look that failed: after the retries of
             the policy. What is marked stands.
     """
-    request, tried = report.request, {verdict.run.id for verdict in failed}
+    request, waiting = report.request, Waiting()
+    tried = {*judged, *(verdict.run.id for verdict in failed)}
     for patience in reversed(range(PATIENCE)):
         locked = await _judge_each_page(engine, report, among, tried, failed)
-        if len(locked) <= POOL_SIZE or not patience:
+        if locked:
+            waiting.begin()
+        if len(locked) <= POOL_SIZE or not patience or waiting.is_over:
             break
         await asyncio.sleep(0.01 * 2 ** (PATIENCE - patience))
     report.saw(locked)
@@ -60,8 +69,34 @@ async def judge_pages(
         log_detected(request, locked)
     # Last, so that a row that is locked for long delays no other.
     at_once = asyncio.Semaphore(POOL_SIZE)
-    waiting = (_mark_locked(engine, request, run, at_once) for run in locked)
-    given = await asyncio.gather(*waiting)
+    marking = (_mark_locked(engine, request, run, at_once, waiting) for run in locked)
+    given = await asyncio.gather(*marking)
+    _tell(report, [verdict for verdict in given if verdict is not None], failed)
+    left = [run for run, verdict in zip(locked, given, strict=True) if verdict is None]
+    await _try_once_more(engine, report, left, failed, waiting)
+
+
+async def _try_once_more(
+    engine: AsyncEngine,
+    report: SweepReport,
+    runs: list[WorkerRun],
+    failed: list[Verdict],
+    waiting: Waiting,
+) -> None:
+    """Mark what is free by now of the runs that are waited for no longer; the others fail."""
+    request = report.request
+    for start in range(0, len(runs), PAGE):
+        page = runs[start : start + PAGE]
+        verdicts = await mark_page(engine, request, page, hasty=True)
+        given = [
+            verdict or _failure(request, run, waiting.in_vain_for(run))
+            for run, verdict in zip(page, verdicts, strict=True)
+        ]
+        _tell(report, given, failed)
+
+
+def _tell(report: SweepReport, given: list[Verdict], failed: list[Verdict]) -> None:
+    """Tell the report; but the failures are yet to be settled."""
     report.judged([v for v in given if v.outcome is not Outcome.FAILED])
     failed += [v for v in given if v.outcome is Outcome.FAILED]
 
@@ -98,9 +133,8 @@ async def _judge_each_page(
         if judged:
             log_detected(request, judged)
         given = [verdict for verdict in verdicts if verdict is not None]
-        failed += [v for v in given if v.outcome is Outcome.FAILED]
         tried |= {v.run.id for v in given}
-        report.judged([v for v in given if v.outcome is not Outcome.FAILED])
+        _tell(report, given, failed)
     return locked
 
 
@@ -164,12 +198,18 @@ async def _mark_hastily(
 
 
 async def _mark_locked(
-    engine: AsyncEngine, request: SweepRequest, run: WorkerRun, at_once: asyncio.Semaphore
-) -> Verdict:
-    """Mark a run that was passed over, waiting for it this time."""
+    engine: AsyncEngine,
+    request: SweepRequest,
+    run: WorkerRun,
+    at_once: asyncio.Semaphore,
+    waiting: Waiting,
+) -> Verdict | None:
+    """Mark a run that was passed over, waiting for it this time; None if that is over."""
     async with at_once:
+        if waiting.is_over:
+            return None
         try:
-            verdict = await in_transaction(engine, lambda db: mark_one(db, request, run))
+            verdict = await in_transaction(engine, lambda db: waiting.mark(db, request, run))
         except Exception as error:
             return _failure(request, run, error)
     log_verdict(request, verdict)

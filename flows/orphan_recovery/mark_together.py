@@ -3,7 +3,8 @@
 The hazard is a thousand task runs that each pay for a transaction, or share one and with it each
 other's failures. So whoever comes first takes along all who wait meanwhile, and passes over rows
 that somebody holds; and whoever got no verdict that way marks by itself, in a transaction of its
-own: what is wrong with one run fails its own task run, and no other.
+own: what is wrong with one run fails its own task run, and no other. For the locks that others
+hold all of them together wait no longer than :mod:`orphan_recovery.waiting` says.
 """
 
 import asyncio
@@ -14,10 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.condemn import UndoneError
 from orphan_recovery.database import POOL_SIZE, transaction
-from orphan_recovery.mark import mark, mark_one
+from orphan_recovery.mark import mark
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
 from orphan_recovery.verdict import Verdict
+from orphan_recovery.waiting import Waiting
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class SharedMarks:
         self._turn = asyncio.Lock()
         # One connection is left for those who mark together.
         self._alone = asyncio.Semaphore(POOL_SIZE - 1)
+        self._waiting = Waiting()
 
     async def mark(self, run: WorkerRun) -> Verdict:
         """Give and record the verdict on one run. Returns once it is committed.
@@ -51,6 +54,8 @@ class SharedMarks:
         Raises:
             UndecidedError: no verdict could be given.
             UndoneError: a trigger of the table took the mark back.
+            HeldError: somebody holds its row, or a lock that its mark needs, and the sweep has
+                waited for such locks for long enough.
             sqlalchemy.exc.DBAPIError: any database error, a lock time-out among them. It was met
                 in a transaction of this run's own.
         """
@@ -63,7 +68,7 @@ class SharedMarks:
         verdict = company.given.get(run.id)
         if verdict is None:
             async with self._alone, transaction(self._engine) as connection:
-                verdict = await mark_one(connection, self.request, run)
+                verdict = await self._waiting.mark(connection, self.request, run)
         return verdict
 
     async def _lead(self, company: _Company) -> None:

@@ -132,9 +132,14 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (PoolTimeoutError, OSError))
 
 
+def is_lock_timeout(error: BaseException) -> bool:
+    """Whether ``error`` is that a lock was not to be had in time."""
+    return sqlstate(error) == "55P03"
+
+
 def waited_too_long(error: BaseException) -> bool:
     """Whether ``error`` is that a lock, or the end of a statement, was not to be had in time."""
-    return sqlstate(error) in ("55P03", "57014")
+    return is_lock_timeout(error) or sqlstate(error) == "57014"
 
 
 def retrying() -> AsyncRetrying:
