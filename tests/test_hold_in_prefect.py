@@ -403,6 +403,7 @@ def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all
     found = re.search(r"runs/flow-run/([0-9a-f-]{36})$", done.stdout, re.M)
     assert found, done.stdout
     held, hold = api.flow_run(found[1]), open_hold(fleet)
+    assert f"\norphan-recovery approve {hold['hold_id']} --target default\n" in done.stderr
     swept = len(fleet.sweeps())
     assert resume(api, held, {**YES, "decision": "leave them alone"})["status"] == "ACCEPT"
     ended = api.await_state(held["id"], *ENDS)
@@ -469,7 +470,7 @@ def test_an_approval_after_the_fleet_came_back_releases_nothing_and_says_so(
     assert ended["state_type"] == "COMPLETED"
     assert ended["state"]["message"] == (
         "no orphaned run found (threshold 30 minutes, 12 in flight); no answer was needed: "
-        f"hold {hold['hold_id']} has ended, since its fleet has recovered"
+        f"hold {hold['hold_id']} has ended: its fleet has recovered"
     )
     assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
     assert held["id"] in fleet.sweeps()[-1]["asked_by"], "and it is a sweep"
@@ -506,7 +507,7 @@ def test_a_question_about_a_hold_that_has_ended_is_withdrawn_by_the_next_sweep(
     withdrawn = api.flow_run(held["id"])
     assert withdrawn["state_type"] == "CANCELLED"
     assert withdrawn["state"]["message"] == (
-        f"no answer is needed any more: hold {hold['hold_id']} has ended, since {how}"
+        f"no answer is needed any more: hold {hold['hold_id']} has ended: {how}"
     )
     told = f"flow run {held['name']} is cancelled: no answer is needed any more"
     until(lambda: any(told in line for line in api.logs(sweeping["id"])), "the log's word")

@@ -34,6 +34,7 @@ from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.sweep import Look, begin, decide_on, finish, look_again_at
 from orphan_recovery.turn import in_turn
 from orphan_recovery.verdict import Verdict
+from orphan_recovery.words import span
 
 T = TypeVar("T")
 
@@ -147,8 +148,9 @@ async def mark(marks: SharedMarks, run_id: str) -> State[Any]:
     with marks_told_quietly():
         log_verdict(marks.request, verdict)
     message = (
-        f"{run.id}: {verdict.outcome.value}; silent for {run.silence} by its {run.evidence.value} "
-        f"when detected, threshold {run.threshold}, held by worker {run.worker_id or '(none)'}"
+        f"{run.id}: {verdict.outcome.value}; silent for {span(run.silence)} by its "
+        f"{run.evidence.value} when detected, threshold {span(run.threshold)}, held by worker "
+        f"{run.worker_id or '(none)'}"
     )
     marks.verdicts[run_id] = verdict  # as the state's data, Prefect would look through it
     return Completed(message=message)
