@@ -404,6 +404,9 @@ def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all
     assert found, done.stdout
     held, hold = api.flow_run(found[1]), open_hold(fleet)
     assert f"\norphan-recovery approve {hold['hold_id']} --target default\n" in done.stderr
+    printed = (Path(client["PREFECT_HOME"]) / "worker.log").read_text()
+    by = f"target='default' sweep_id='{hold['sweep_id']}' hold_id='{hold['hold_id']}'"
+    assert f"orphan_recovery - orphan_recovery_held {by}" in printed, "not its name alone"
     swept = len(fleet.sweeps())
     assert resume(api, held, {**YES, "decision": "leave them alone"})["status"] == "ACCEPT"
     ended = api.await_state(held["id"], *ENDS)

@@ -218,7 +218,10 @@ async def where_summary_is(run: FlowRun) -> str | None:
     except (PrefectHTTPStatusError, httpx.TransportError, TimeoutError):
         return None
     found = next((one for one in left if (one.key or "").endswith("-summary")), None)
-    return (url_for("artifact", obj_id=found.id) or found.key) if found else None
+    if found is None:
+        return None
+    page = url_for(run)  # of artifacts Prefect builds no addresses; they are beside its flow runs
+    return f"{page.partition('/runs/')[0]}/artifacts/artifact/{found.id}" if page else found.key
 
 
 class WaitingFailed(ConnectionError):  # noqa: N818 - named for what a pipeline reads

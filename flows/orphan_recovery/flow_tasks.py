@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.annotations import quote
@@ -26,6 +27,7 @@ from orphan_recovery.events import log_verdict, marks_told_quietly
 from orphan_recovery.hold import Decision
 from orphan_recovery.judge import Progress, judge_slices
 from orphan_recovery.judge_pages import judge_pages
+from orphan_recovery.log import FieldsAfter
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_transient, retry_plan
 from orphan_recovery.report import SweepReport
@@ -102,6 +104,9 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_without_traceback)
+for _handler in logging.getLogger().handlers:  # Prefect's console prints an event's name alone
+    if isinstance(_handler, PrefectConsoleHandler) and _handler.formatter is not None:
+        _handler.setFormatter(FieldsAfter(_handler.formatter))
 
 
 @asynccontextmanager
