@@ -19,6 +19,7 @@ from prefect import flow
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.all_targets_flow import recover_all_targets
+from orphan_recovery.deploy import releases
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
 from orphan_recovery.flow_heed import Heeded, heed
 from orphan_recovery.flow_hold import Answer, Given
@@ -418,6 +419,20 @@ def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all
     assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
     assert open_hold(fleet) == hold
     assert len(fleet.sweeps()) == swept
+
+
+def test_of_all_targets_each_that_is_held_has_a_command_that_releases_it() -> None:
+    one, two = uuid4(), uuid4()
+    seen = "12 of 12 workers look dead since 2026-11-27T03:00:00Z (w1, w2), 12 orphaned runs not"
+    message = (
+        f"2 of 3 targets HELD (default, dj_2). default: HELD: {seen} marked (hold {one}); no other "
+        f"orphaned run found; uu: no orphaned run found; dj_2: HELD: {seen} marked (hold {two}); no"
+    )
+    assert releases(message) == [
+        f"orphan-recovery approve {one} --target default",
+        f"orphan-recovery approve {two} --target dj_2",
+    ]
+    assert releases(f"HELD: {seen} marked (hold {one}); no") == releases(message)[:1]
 
 
 @pytest.mark.parametrize("delivered", [True, False], ids=["delivered", "cancelled by Prefect"])
