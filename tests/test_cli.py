@@ -236,7 +236,7 @@ def unreachable(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("target", "variable"), [("dj", "DJ_DB"), ("uu", "DATABASE_URL")])
 def test_a_database_that_cannot_be_reached_is_named_by_target_and_variable(
-    unreachable: dict[str, str], impatient: None, target: str, variable: str
+    unreachable: dict[str, str], target: str, variable: str
 ) -> None:
     told = f"Target '{target}' takes its address from {variable}. See whether it is right, and wh"
     summed = run("summary", "--target", target, **unreachable)

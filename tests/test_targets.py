@@ -398,6 +398,21 @@ def test_a_target_may_be_described_by_the_environment_alone(
     assert (target.name, target.table, target.threshold_minutes) == ("billing", "jobs", 5)
 
 
+def test_a_value_of_another_type_is_told_without_the_words_of_the_library(file: File) -> None:
+    file.says(
+        f"{HEAD}threshold_minutes = 1.5\nhold_share = 'much'\nindex = 'maybe'\ntable = 7\n"
+        "[target]\n"
+    )
+    told = [line.removeprefix(f"{file}: ") for line in refusal().split("; ")]
+    assert sorted(told) == [
+        "target is no key: did you mean 'targets'?",
+        "targets.billing.hold_share is 'much': give a number",
+        "targets.billing.index is 'maybe': give true or false",
+        "targets.billing.table is 7: give a text",
+        "targets.billing.threshold_minutes is 1.5: give a whole number",
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "way_out"),
     [
