@@ -100,9 +100,10 @@ def test_a_role_without_rights_is_told_where_to_find_them(db: Database) -> None:
         swept = run("sweep", ORPHAN_RECOVERY_DATABASE_URL=url)
         assert "SQLSTATE 42501" in swept.stdout
         assert "lacks a right: `orphan-recovery sql --target default`, run as" in swept.stderr
+        assert "the tables' owner has to run what it prints." in swept.stderr
         asked = run("approve", "aaaa", ORPHAN_RECOVERY_DATABASE_URL=url)
         assert (asked.returncode, asked.stdout) == (1, "")
-        assert "This database role lacks a right: `orphan-recovery sql`" in asked.stderr
+        assert "This database role lacks a right: `orphan-recovery sql --target " in asked.stderr
         db.do("CREATE SCHEMA locked CREATE TABLE runs (id int PRIMARY KEY)")
         table = {"ORPHAN_RECOVERY_TARGETS__DEFAULT__TABLE": "locked.runs"}
         examined = run("doctor", ORPHAN_RECOVERY_DATABASE_URL=url, **table)
@@ -217,6 +218,69 @@ def test_a_lost_database_gives_exit_code_1_and_no_traceback() -> None:
         assert "orphan-recovery: OperationalError: connection" in done.stderr
         assert "S3cret" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def unreachable(tmp_path: Path) -> dict[str, str]:
+    """The environment of two targets, at whose addresses nobody listens."""
+    file = tmp_path / "targets.toml"
+    file.write_text('[targets.dj]\ndatabase_url_env = "DJ_DB"\n[targets.uu]\n')
+    url = f"postgresql://me:S3cret@127.0.0.1:{free_port()}/nowhere"
+    return {
+        "ORPHAN_RECOVERY_CONFIG": str(file),
+        "DJ_DB": url,
+        "ORPHAN_RECOVERY_DATABASE_URL": "",
+        "DATABASE_URL": url,
+    }
+
+
+@pytest.mark.parametrize(("target", "variable"), [("dj", "DJ_DB"), ("uu", "DATABASE_URL")])
+def test_a_database_that_cannot_be_reached_is_named_by_target_and_variable(
+    unreachable: dict[str, str], target: str, variable: str
+) -> None:
+    told = f"Target '{target}' takes its address from {variable}. See whether it is right, and wh"
+    summed = run("summary", "--target", target, **unreachable)
+    assert summed.returncode == 1
+    assert told in summed.stderr
+    swept = run("sweep", "--target", target, **unreachable)
+    assert swept.returncode == 1
+    assert f"next: {told}" in swept.stderr
+    assert "S3cret" not in summed.stderr + swept.stdout + swept.stderr
+
+
+def test_what_is_no_fault_of_an_address_is_not_laid_to_it(
+    blank: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blank.do("CREATE ROLE blind LOGIN")
+    url = make_url(blank.url).set(username="blind").render_as_string(hide_password=False)
+    try:
+        run("migrate")
+        told = run("summary", ORPHAN_RECOVERY_DATABASE_URL=url).stderr
+        assert "`orphan-recovery sql --target default`, run as one that has it" in told
+        assert "takes its address from" not in told
+    finally:
+        blank.do("DROP ROLE blind")
+
+
+def test_each_command_is_told_whole_in_the_list_of_all() -> None:
+    told = run("--help", COLUMNS="80").stdout
+    commands = told.partition("Commands:\n")[2].splitlines()
+    assert len(commands) == 11
+    for line in commands:
+        assert re.fullmatch(r"  [a-z]+ +[A-Z][^.]{,57}\.", line), line
+
+
+def test_of_all_targets_each_is_named_once(db: Database, tmp_path: Path) -> None:
+    file = tmp_path / "targets.toml"
+    file.write_text("[targets.dj]\n")
+    swept = run("sweep", "--all-targets", ORPHAN_RECOVERY_CONFIG=str(file)).stdout
+    assert swept.startswith("dj: no orphaned run found (threshold 30 minutes")
+    swept = run("sweep", "--all-targets", ORPHAN_RECOVERY_CONFIG="").stdout
+    assert swept.startswith("default: no orphaned run found (threshold 30 minutes")
+    assert run("sweep", ORPHAN_RECOVERY_CONFIG=str(file)).stdout.startswith("dj: no orphaned run ")
+    off = {"ORPHAN_RECOVERY_CONFIG": str(file), "ORPHAN_RECOVERY_ENABLED": "false"}
+    assert run("sweep", **off).stdout.startswith("dj: recovery is switched off")
 
 
 def test_switched_off_it_says_so(db: Database) -> None:

@@ -20,7 +20,7 @@ ROW = {
     "tenant": "acme",
     "last sign of life": "2026-11-26T21:10:30Z",
     "evidence": "worker heartbeat",
-    "silence": "31 days, 1:02:03",
+    "silence": "31 d 1 h",
     "found instead, or error": "",
 }
 MISSED = {

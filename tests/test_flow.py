@@ -73,8 +73,8 @@ async def test_each_orphan_has_a_task_run_of_its_own(db: Database, api: Api) -> 
     assert len(task_runs) == len(orphans) + 4  # open-sweep, decide, detect, summarise
     for orphan, run in marks(task_runs).items():
         message = run["state"]["message"]
-        assert message.startswith(f"{orphan}: marked; silent for 1:")
-        assert "by its age when detected, threshold 0:30:00, held by worker worker-" in message
+        assert message.startswith(f"{orphan}: marked; silent for 1 h ")
+        assert "by its age when detected, threshold 30 min, held by worker worker-" in message
     assert db.statuses() == {**dict.fromkeys(orphans, "crashed"), "alive": "running"}
 
 

@@ -31,7 +31,7 @@ from orphan_recovery.targets import find_target
 from orphan_recovery.words import iso
 from prefect_support import run
 from sql_support import a_role, printed, psql, seen_by
-from support import Database, database_of_its_own, ended_in_the_ledger, until
+from support import Database, database_of_its_own, ended_in_the_ledger, free_port, until
 from tables_support import do
 
 
@@ -138,7 +138,7 @@ async def test_a_sweep_that_would_crash_most_of_a_fleet_marks_nothing_and_asks(
     )
     shown = as_markdown(report)
     assert "## What was not dared" in shown
-    assert f"\n- 11 of 20 workers look dead since {saw['silent_since']}, the first of" in shown
+    assert f"\n- 11 of 20 workers look dead since {saw['silent_since']}" in shown
     assert f"\n- silent: `{saw['some_silent_workers'][0]}`, " in shown
     assert " and 1 more\n" in shown
     [step] = report.next_steps()
@@ -804,7 +804,7 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
         "aaaa": "more than one open hold begins with 'aaaa'",
         "cccc": "no open hold begins with 'cccc'",
         closed: "One that is closed needs no approval",
-        "": "name a hold; open are:",
+        "": f"name a hold; open are: {one} of target 'default', {two} of target 'default'.",
         "%": "no open hold begins with '%'",
     }.items():
         refused = run("orphan-recovery", "approve", asked)
@@ -814,9 +814,7 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
         assert two in refused.stderr
     unnamed = run("orphan-recovery", "approve")
     assert (unnamed.returncode, unnamed.stdout) == (2, "")
-    assert f"name a hold; open are: {one}" in unnamed.stderr.replace(
-        f"{two}, {one}", f"{one}, {two}"
-    )
+    assert f"name a hold; open are: {one}" in unnamed.stderr
     assert approvals(db) == []
 
     done = run("orphan-recovery", "approve", "AAAA1", "--minutes", "5", "--note", "rack on fire")
@@ -830,11 +828,11 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
 
     again = run("orphan-recovery", "approve", "aaaa1", "--minutes", "1").stdout
     until = iso(approval["expires_at"])
-    told = f"hold {two} was released already, until {until}, and now is released until {until}; the"
-    assert again.startswith(told), "a shorter one takes nothing away"
+    told = f"hold {two} stays released until {until}: an approval is never made shorter; "
+    assert again.startswith(told)
     longer = run("orphan-recovery", "approve", "aaaa1", "--minutes", "9").stdout
     latest = iso(approvals(db)[-1]["expires_at"])
-    assert f"until {until}, and now is released until {latest}; the next sweep" in longer
+    assert f"until {until}, and now is released until {latest}; none of its runs" in longer
     other = run("orphan-recovery", "approve", "aaaa0").stdout
     assert other.startswith(f"hold {one} is released until "), "each hold by itself"
 
@@ -842,6 +840,75 @@ def test_the_command_takes_as_much_of_an_id_as_is_unique(db: Database) -> None:
     too_long = run("orphan-recovery", "approve", "aaaa0", "--minutes", "9" * 15)
     assert (too_long.returncode, "Traceback" in too_long.stderr) == (2, False)
     assert len(approvals(db)) == 4
+
+
+@pytest.fixture
+def three(db: Database, blank: Database, tmp_path: Path) -> dict[str, str]:
+    """The environment of three targets: two of one database, and one of another without one."""
+    file = tmp_path / "targets.toml"
+    file.write_text(
+        '[targets.dj]\ndatabase_url_env = "DJ_DB"\n[targets.uu]\ndatabase_url_env = "DJ_DB"\n'
+        'table = "other_runs"\n[targets.ck]\ndatabase_url_env = "CK_DB"\n'
+    )
+    return {"ORPHAN_RECOVERY_CONFIG": str(file), "DJ_DB": db.url, "CK_DB": blank.url}
+
+
+def test_without_a_target_a_hold_is_looked_for_in_the_ledgers_of_all(
+    db: Database, blank: Database, three: dict[str, str]
+) -> None:
+    migrated = run("orphan-recovery", "migrate", "--target", "ck", **three)
+    assert migrated.returncode == 0, migrated.stderr
+    here = plant_hold(db, "aaaa0000-0000-4000-8000-000000000001", target="uu")
+    there = plant_hold(blank, "aaaa1111-0000-4000-8000-000000000002", target="ck")
+    for asked, told in {
+        "aaaa": "more than one open hold begins with 'aaaa'",
+        "cccc": "no open hold begins with 'cccc'",
+    }.items():
+        refused = run("orphan-recovery", "approve", asked, **three)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert f"{told}; open are: {here} of target 'uu', {there} of target 'ck'." in refused.stderr
+    assert approvals(db) == approvals(blank) == []
+
+    for asked, hold, target, database in (("aaaa0", here, "uu", db), ("aaaa1", there, "ck", blank)):
+        done = run("orphan-recovery", "approve", asked, **three)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"hold {hold} of target '{target}' is released until ")
+        assert [str(told["hold_id"]) for told in approvals(database)] == [hold]
+
+
+def test_a_ledger_that_cannot_be_asked_keeps_no_hold_of_another_from_being_released(
+    db: Database, three: dict[str, str]
+) -> None:
+    hold = plant_hold(db, "aaaa0000-0000-4000-8000-000000000001", target="uu")
+    nowhere = {**three, "CK_DB": f"postgresql://me:S3cret@127.0.0.1:{free_port()}/nowhere"}
+    done = run("orphan-recovery", "approve", hold, **nowhere)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"hold {hold} of target 'uu' is released until ")
+    assert "the ledger of target 'ck' was not asked (OperationalError: connection" in done.stderr
+    assert "S3cret" not in done.stderr
+    missed = run("orphan-recovery", "approve", "bbbb", **nowhere)
+    assert (missed.returncode, missed.stdout) == (1, ""), "it may be there"
+    assert f"no open hold begins with 'bbbb'; open are: {hold} of target 'uu'." in missed.stderr
+    assert "the ledger of target 'ck' was not asked" in missed.stderr
+    unset = run("orphan-recovery", "approve", "bbbb", **{**three, "CK_DB": ""})
+    assert unset.returncode == 1
+    assert "the ledger of target 'ck' was not asked (target 'ck' takes its data" in unset.stderr
+    assert "run `orphan-recovery migrate`" in run("orphan-recovery", "approve", "b", **three).stderr
+
+
+def test_a_hold_of_which_nothing_is_in_flight_any_more_leaves_nothing_to_mark(
+    db: Database,
+) -> None:
+    hold = plant_hold(db, "aaaa0000-0000-4000-8000-000000000001")
+    for name in ("one", "two"):
+        db.add_run(name)
+        db.do("INSERT INTO orphan_recovery.hold_runs VALUES (%s, %s)", hold, name)
+    db.do("UPDATE worker_runs SET status = 'failed', success = false WHERE id = 'one'")
+    some = run("orphan-recovery", "approve", hold).stdout
+    assert some.endswith("; the next sweep marks those of its runs that are silent still\n")
+    db.do("UPDATE worker_runs SET status = 'failed', success = false WHERE id = 'two'")
+    none = run("orphan-recovery", "approve", hold).stdout
+    assert none.endswith("; none of its runs is in flight any more: nothing is left to mark\n")
 
 
 @pytest.mark.parametrize("unknown", [OSError, KeyError, ImportError])
@@ -858,7 +925,7 @@ def test_a_user_without_a_name_may_approve(
 
 
 async def test_there_is_nothing_to_approve_where_nothing_is_held(db: Database) -> None:
-    with pytest.raises(ConfigurationError, match="open are: none"):
+    with pytest.raises(ConfigurationError, match="no hold is open: nothing is to be approved"):
         await release(db, UUID(int=7))
 
 

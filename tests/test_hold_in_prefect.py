@@ -19,6 +19,7 @@ from prefect import flow
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from orphan_recovery.all_targets_flow import recover_all_targets
+from orphan_recovery.deploy import releases
 from orphan_recovery.flow import SweepFailed, recover_orphaned_runs
 from orphan_recovery.flow_heed import Heeded, heed
 from orphan_recovery.flow_hold import Answer, Given
@@ -403,6 +404,10 @@ def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all
     found = re.search(r"runs/flow-run/([0-9a-f-]{36})$", done.stdout, re.M)
     assert found, done.stdout
     held, hold = api.flow_run(found[1]), open_hold(fleet)
+    assert f"\norphan-recovery approve {hold['hold_id']} --target default\n" in done.stderr
+    printed = (Path(client["PREFECT_HOME"]) / "worker.log").read_text()
+    by = f"target='default' sweep_id='{hold['sweep_id']}' hold_id='{hold['hold_id']}'"
+    assert f"orphan_recovery - orphan_recovery_held {by}" in printed, "not its name alone"
     swept = len(fleet.sweeps())
     assert resume(api, held, {**YES, "decision": "leave them alone"})["status"] == "ACCEPT"
     ended = api.await_state(held["id"], *ENDS)
@@ -414,6 +419,20 @@ def test_a_pipeline_hears_of_a_hold_and_a_person_who_does_not_approve_leaves_all
     assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
     assert open_hold(fleet) == hold
     assert len(fleet.sweeps()) == swept
+
+
+def test_of_all_targets_each_that_is_held_has_a_command_that_releases_it() -> None:
+    one, two = uuid4(), uuid4()
+    seen = "12 of 12 workers look dead since 2026-11-27T03:00:00Z (w1, w2), 12 orphaned runs not"
+    message = (
+        f"2 of 3 targets HELD (default, dj_2). default: HELD: {seen} marked (hold {one}); no other "
+        f"orphaned run found; uu: no orphaned run found; dj_2: HELD: {seen} marked (hold {two}); no"
+    )
+    assert releases(message) == [
+        f"orphan-recovery approve {one} --target default",
+        f"orphan-recovery approve {two} --target dj_2",
+    ]
+    assert releases(f"HELD: {seen} marked (hold {one}); no") == releases(message)[:1]
 
 
 @pytest.mark.parametrize("delivered", [True, False], ids=["delivered", "cancelled by Prefect"])
@@ -469,7 +488,7 @@ def test_an_approval_after_the_fleet_came_back_releases_nothing_and_says_so(
     assert ended["state_type"] == "COMPLETED"
     assert ended["state"]["message"] == (
         "no orphaned run found (threshold 30 minutes, 12 in flight); no answer was needed: "
-        f"hold {hold['hold_id']} has ended, since its fleet has recovered"
+        f"hold {hold['hold_id']} has ended: its fleet has recovered"
     )
     assert (in_flight(fleet), approvals(fleet, hold)) == (silent, [])
     assert held["id"] in fleet.sweeps()[-1]["asked_by"], "and it is a sweep"
@@ -506,7 +525,7 @@ def test_a_question_about_a_hold_that_has_ended_is_withdrawn_by_the_next_sweep(
     withdrawn = api.flow_run(held["id"])
     assert withdrawn["state_type"] == "CANCELLED"
     assert withdrawn["state"]["message"] == (
-        f"no answer is needed any more: hold {hold['hold_id']} has ended, since {how}"
+        f"no answer is needed any more: hold {hold['hold_id']} has ended: {how}"
     )
     told = f"flow run {held['name']} is cancelled: no answer is needed any more"
     until(lambda: any(told in line for line in api.logs(sweeping["id"])), "the log's word")

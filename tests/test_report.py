@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -167,6 +167,56 @@ async def test_a_sweep_that_was_cut_off_before_it_judged_says_what_it_had_seen(
     told = (await run_sweep(SweepRequest(asked_by="test", target=Target()))).headline()
     assert told.startswith("stopped before its end: ")
     assert "until then 2 orphaned runs seen, and none judged (threshold 30 minutes, 2 in" in told
+
+
+def test_a_script_is_told_the_warnings_and_what_to_do_as_people_are() -> None:
+    told = report(ahead=2, undatable=2)
+    as_dict = told.as_dict()
+    assert as_dict["warnings"] == [warning for warning, _ in told.warnings()]
+    assert len(as_dict["warnings"]) == 2
+    assert as_dict["next_steps"] == told.next_steps()
+    nothing = report().as_dict()
+    assert (nothing["warnings"], nothing["next_steps"]) == ([], [])
+
+
+async def test_a_row_that_stays_locked_is_told_in_plain_words(
+    db: Database, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orphan_recovery.database.LOCK_TIMEOUT_MS", 50)
+    db.add_run("a")
+    with db.connect() as holder:
+        holder.execute("SELECT FROM worker_runs WHERE id = 'a' FOR UPDATE")
+        told = await run_sweep(SweepRequest(asked_by="test", target=Target()))
+    assert "1 FAILED (a is locked, or what its mark needs is, by another transaction)" in (
+        told.headline()
+    )
+    [verdict] = told.verdicts
+    assert "(SQLSTATE 55P03)" in (verdict.error or ""), "the ledger has the server's own word"
+
+
+def test_when_the_first_fell_silent_is_told_only_where_the_last_did_so_later() -> None:
+    saw = {
+        "silent_workers": 12,
+        "workers": 12,
+        "counted": "workers",
+        "silent_since": "2026-11-27T03:00:00Z",
+        "first_silent_since": "2026-11-27T03:00:00Z",
+        "some_silent_workers": ["w1"],
+        "server_started_at": "2026-11-26T03:00:00Z",
+        "failed_over": False,
+        "last_sweep_at": None,
+        "threshold_minutes": 30,
+        "hold_share": 0.5,
+    }
+    told = report()
+    told.held = Held(uuid4(), datetime.now(UTC), saw, runs=12, is_new=True)
+    shown = as_markdown(told)
+    assert "- 12 of 12 workers look dead since 2026-11-27T03:00:00Z\n" in shown
+    assert "- no sweep was before this one\n" in shown
+    saw |= {"first_silent_since": "2026-11-27T02:00:00Z", "last_sweep_at": "2026-11-27T03:01:00Z"}
+    shown = as_markdown(told)
+    assert "dead since 2026-11-27T03:00:00Z, the first of them since 2026-11-27T02:00:00Z" in shown
+    assert "- the sweep before was at 2026-11-27T03:01:00Z\n" in shown
 
 
 def test_a_right_that_the_role_lacks_is_told_where_only_runs_failed() -> None:

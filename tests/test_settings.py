@@ -107,8 +107,8 @@ def test_what_the_server_says_is_one_line_without_a_pointer_to_nothing(db: Datab
     with pytest.raises(psycopg.Error) as plain:
         db.do("SELECT 1 AS one,\n       'S3cret' = worker FROM worker_runs WHERE true")
     assert describe(plain.value) == (
-        'UndefinedColumn: column "worker" does not exist HINT: Perhaps you meant to reference the '
-        'column "worker_runs.worker_id". (SQLSTATE 42703)'
+        'UndefinedColumn: column "worker" does not exist (hint: Perhaps you meant to reference '
+        'the column "worker_runs.worker_id") (SQLSTATE 42703)'
     )
 
 

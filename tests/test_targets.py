@@ -257,7 +257,11 @@ def rule_for(status: str) -> str:
         (f"{HEAD}table = 'jobs.'", "table is 'jobs.'", "give table or schema.table"),
         (f"{HEAD}in_flight = []", "targets.billing.in_flight", "at least 1"),
         (f"{HEAD}in_flight = 'running'", "targets.billing.in_flight is 'running'", "list"),
-        (f"{HEAD}crashed = 'running'", "crashed is 'running'", "which in_flight has too"),
+        (
+            f"{HEAD}crashed = 'running'",
+            "crashed is 'running'",
+            "a mark must end a run; give another",
+        ),
         (f"{HEAD}waiting = ['queued']", "in_flight and waiting both have queued", ""),
         (f"{HEAD}terminal = ['done']", "crashed is 'crashed', which terminal does not have", ""),
         (f"{HEAD}truth_trigger = true", "truth_trigger needs to know", "give terminal"),
@@ -275,8 +279,8 @@ def rule_for(status: str) -> str:
             "targets.billing.threshold_minutes is -5",
             "give at least 1",
         ),
-        (f"{HEAD}threshold_minutes = 'abc'", "targets.billing.threshold_minutes is 'abc'", "int"),
-        (f"{HEAD}threshold_minutes = 1.5", "targets.billing.threshold_minutes is 1.5", "int"),
+        (f"{HEAD}threshold_minutes = 'abc'", "threshold_minutes is 'abc'", "give a whole number"),
+        (f"{HEAD}threshold_minutes = 1.5", "threshold_minutes is 1.5", "give a whole number"),
         (f"{HEAD}threshold_minutes = true", "targets.billing.threshold_minutes is True", ""),
         (
             f"{HEAD}heartbeat_seconds = 0",
@@ -394,11 +398,26 @@ def test_a_target_may_be_described_by_the_environment_alone(
     assert (target.name, target.table, target.threshold_minutes) == ("billing", "jobs", 5)
 
 
+def test_a_value_of_another_type_is_told_without_the_words_of_the_library(file: File) -> None:
+    file.says(
+        f"{HEAD}threshold_minutes = 1.5\nhold_share = 'much'\nindex = 'maybe'\ntable = 7\n"
+        "[target]\n"
+    )
+    told = [line.removeprefix(f"{file}: ") for line in refusal().split("; ")]
+    assert sorted(told) == [
+        "target is no key: did you mean 'targets'?",
+        "targets.billing.hold_share is 'much': give a number",
+        "targets.billing.index is 'maybe': give true or false",
+        "targets.billing.table is 7: give a text",
+        "targets.billing.threshold_minutes is 1.5: give a whole number",
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "way_out"),
     [
         ("THRESHOLD_MINUTES", "0", "1"),
-        ("THRESHOLD_MINUTES", "abc", "int"),
+        ("THRESHOLD_MINUTES", "abc", "'abc': give a whole number"),
         ("TRESHOLD_MINUTES", "5", "did you mean 'threshold_minutes'?"),
         ("COLUMNS__WORKERID", "x", "did you mean 'worker_id'?"),
         ("TABLE", "a.b.c", "give table or schema.table"),

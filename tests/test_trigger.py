@@ -129,8 +129,8 @@ def test_a_sweep_that_no_worker_took_in_time_stays_scheduled_and_is_no_success(
     """Before there is a worker."""
     done = run("orphan-recovery", "trigger", "--wait", "--timeout", "1", **client)
     assert done.returncode == 1
-    assert "the flow run is still Scheduled after 1 seconds, and goes on" in done.stderr
-    assert "see whether a worker or `orphan-recovery serve` is up" in done.stderr
+    assert "the flow run is still Scheduled after 1 s, and stays scheduled: see" in done.stderr
+    assert "whether a worker or `orphan-recovery serve` is up" in done.stderr
     flow_run = flow_run_in(done.stdout)
     assert api.flow_run(flow_run)["state_type"] == "SCHEDULED"
     api.call("DELETE", f"/flow_runs/{flow_run}").raise_for_status()
@@ -186,7 +186,8 @@ def test_a_pipeline_goes_on_after_a_sweep_that_ended_well(
     }
     assert set(flow_run["tags"]) == {"orphan-recovery", "triggered"}
     sweep = database.sweeps()[-1]
-    assert flow_run["id"] in sweep["asked_by"]
+    asked_by = f"flow run {flow_run['name']} ({flow_run['id']}), started by orphan-recovery trigger"
+    assert sweep["asked_by"] == asked_by
     assert (sweep["reason"], sweep["scope"]) == ("deploy", {"worker": "old-worker"})
 
 
@@ -199,7 +200,14 @@ def test_a_pipeline_stops_after_a_sweep_that_failed(
     done = run("orphan-recovery", "trigger", "--wait", **client)
     assert done.returncode == 1
     assert "Failed: 2 orphaned runs detected: 1 marked crashed, 1 FAILED" in done.stdout
-    assert "the sweep ended Failed" in done.stderr
+    assert "the sweep ended Failed: 2 orphaned runs detected: 1 marked" in done.stderr
+    found = re.search(
+        r"done next is in its summary: http://\S+/artifact/([0-9a-f-]{36})$", done.stderr
+    )
+    assert found, done.stderr
+    artifact = api.get(f"/artifacts/{found[1]}")
+    assert artifact["flow_run_id"] == flow_run_in(done.stdout)
+    assert "## What to do next" in artifact["data"]
     assert database.status("sound") == "crashed"
     assert api.flow_run(flow_run_in(done.stdout))["state_type"] == "FAILED"
 

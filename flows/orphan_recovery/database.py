@@ -157,6 +157,36 @@ def _secret(target: str, block: str) -> str:
     return str(secret.get())
 
 
+def where_address_is(target: "Target", told: str) -> str | None:
+    """Whose address it is, and where that is kept: for who has several. Never a part of it.
+
+    Args:
+        target: the target that was asked for.
+        told: what went wrong, by :func:`describe`.
+
+    Returns:
+        A sentence, or two; None where no address is set.
+    """
+    set_ = {name.upper() for name, value in os.environ.items() if value}
+    if target.database_url_secret:
+        kept = f"the Prefect Secret block {target.database_url_secret!r}"
+    elif target.database_url_env:
+        kept = target.database_url_env if os.environ.get(target.database_url_env) else ""
+    else:
+        kept = next((name for name in DATABASE_VARIABLES if name in set_), "")
+    if not kept:
+        return None
+    way_out = " See whether it is right, and whether its server is up." * is_unreachable(told)
+    return f"Target {target.name!r} takes its address from {kept}.{way_out}"
+
+
+def is_unreachable(told: str) -> bool:
+    """Whether it went wrong, as :func:`describe` told, for a database that could not be reached or
+    entered, or was lost: mostly the driver has no SQLSTATE for that."""
+    code = told.partition("(SQLSTATE ")[2]
+    return told.startswith("OperationalError: ") and (not code or code.startswith(("08", "57P")))
+
+
 def server_started() -> ColumnElement[datetime]:
     """Since when the server has had its sessions: since it was started, or has come up again after
     a crash of one of its processes, which ends them all.
@@ -284,7 +314,7 @@ def describe(error: BaseException) -> str:
     message = str(cause)
     if isinstance(cause, psycopg.Error) and cause.diag.message_primary:
         hint = cause.diag.message_hint
-        message = cause.diag.message_primary + (f" HINT: {hint}" if hint else "")
+        message = cause.diag.message_primary + (f" (hint: {hint.rstrip('.')})" if hint else "")
     message = " ".join(message.split()) or "no message"
     code = getattr(cause, "sqlstate", None)
     suffix = f" (SQLSTATE {code})" if isinstance(code, str) else ""
@@ -306,5 +336,5 @@ def missing_right(told: str, target: str | None = None) -> str | None:
     command = "orphan-recovery sql" + (f" --target {target}" if target else "")
     return (
         f"This database role lacks a right: `{command}`, run as one that has it, prints a role "
-        "with all that a sweep needs."
+        "with all that a sweep needs; the tables' owner has to run what it prints."
     )

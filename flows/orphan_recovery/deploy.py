@@ -5,6 +5,7 @@ where to look: the address of the flow run is told first, and only a Completed e
 """
 
 import asyncio
+import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +16,7 @@ from typing import Any, Final
 import httpx
 from prefect import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.deployments import arun_deployment
@@ -28,8 +30,16 @@ from orphan_recovery.all_targets_flow import recover_all_targets
 from orphan_recovery.doctor.schedule import CREDENTIALS, DEFAULT_INTERVAL
 from orphan_recovery.flow import recover_orphaned_runs
 from orphan_recovery.flow_hold import HELD
-from orphan_recovery.names import ALL_FLOW_NAME, ALL_TARGETS, FLOW_NAME, ON_DEMAND, SCHEDULED
+from orphan_recovery.names import (
+    ALL_FLOW_NAME,
+    ALL_TARGETS,
+    FLOW_NAME,
+    ON_DEMAND,
+    SCHEDULED,
+    TRIGGERED,
+)
 from orphan_recovery.settings import ConfigurationError
+from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import find_target, load_targets
 
 ANCHOR: Final = datetime(2026, 1, 1, tzinfo=UTC)
@@ -38,6 +48,10 @@ ANSWER_SECONDS: Final = 5.0
 """How much longer than it was told to a pipeline waits for the server's last answer."""
 LEAVING_SECONDS: Final = 20.0
 """How long sweeps may go on once `serve` is told to stop."""
+_HELD_IN_WORDS: Final = re.compile(
+    r"(?:(?P<target>[a-z][a-z0-9_-]*): )?HELD: .*?\(hold (?P<hold>[0-9a-f-]{36})\)"
+)
+"""A report's headline, by itself or among those of other targets."""
 
 
 async def serve_deployments(tell: Callable[[str], None] = print) -> None:
@@ -161,7 +175,7 @@ async def trigger_sweep(
     async with _refused_in_a_line(api, f"start {deployment!r}"):
         try:
             run = await arun_deployment(
-                deployment, parameters=parameters, timeout=0, as_subflow=False, tags=["triggered"]
+                deployment, parameters=parameters, timeout=0, as_subflow=False, tags=[TRIGGERED]
             )
         except ObjectNotFound:
             if not await _is_api():
@@ -180,6 +194,34 @@ async def trigger_sweep(
             f"the Prefect API at {api} was lost while waiting ({_detail(error)}); flow run "
             f"{run.name} goes on all the same: look there, or trigger again"
         ) from None
+
+
+def releases(message: str) -> list[str]:
+    """The commands that release what a held flow run's message names: copied, they run as they
+    are."""
+    return [
+        f"orphan-recovery approve {found['hold']} --target {found['target'] or DEFAULT_TARGET}"
+        for found in _HELD_IN_WORDS.finditer(message)
+    ]
+
+
+async def where_summary_is(run: FlowRun) -> str | None:
+    """The address of the artifact that says what was done, and what is to be done next.
+
+    None where the flow run left none, as one that failed before it began to sweep, or where the
+    Prefect API cannot be asked any more.
+    """
+    mine = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS), get_client() as client:
+            left = await client.read_artifacts(flow_run_filter=mine)
+    except (PrefectHTTPStatusError, httpx.TransportError, TimeoutError):
+        return None
+    found = next((one for one in left if (one.key or "").endswith("-summary")), None)
+    if found is None:
+        return None
+    page = url_for(run)  # of artifacts Prefect builds no addresses; they are beside its flow runs
+    return f"{page.partition('/runs/')[0]}/artifacts/artifact/{found.id}" if page else found.key
 
 
 class WaitingFailed(ConnectionError):  # noqa: N818 - named for what a pipeline reads

@@ -73,8 +73,7 @@ _MARKED_LEVEL: Final = ContextVar("marked_level", default=logging.WARNING)
 def marks_told_quietly() -> Iterator[None]:
     """Within it a mark is logged as INFO: something else says that the run was marked.
 
-    Of an event Prefect prints no more than its name: of a thousand of them a worker's console would
-    be full, and tell nothing.
+    Of a thousand of them a worker's console would be full.
     """
     before = _MARKED_LEVEL.set(logging.INFO)
     try:

@@ -55,7 +55,7 @@ from orphan_recovery.flow_tasks import (
 from orphan_recovery.hold import Decision, ended_holds
 from orphan_recovery.judge import Progress
 from orphan_recovery.mark_together import SharedMarks
-from orphan_recovery.names import FLOW_NAME
+from orphan_recovery.names import FLOW_NAME, TRIGGERED
 from orphan_recovery.policy import is_outage
 from orphan_recovery.report import SweepReport
 from orphan_recovery.report_pages import as_markdown, as_table
@@ -353,6 +353,8 @@ def _asked_by() -> str:
         return f"flow {FLOW_NAME}"
     if run.auto_scheduled:
         origin = "its schedule"
+    elif TRIGGERED in run.tags:
+        origin = "orphan-recovery trigger"
     else:
         origin = (run.created_by and run.created_by.display_value) or "hand"
     return f"flow run {run.name} ({run.id}), started by {origin}"

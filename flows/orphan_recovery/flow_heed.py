@@ -65,7 +65,7 @@ async def _record(db: AsyncConnection, target: str, given: Given) -> Heeded:
         return Heeded(f"the answer was not heeded: there is no hold {hold_id} in the ledger")
     ended_as, right_now = row
     if ended_as is not None:
-        return Heeded(f"no answer was needed: hold {hold_id} has ended, since {ENDED[ended_as]}")
+        return Heeded(f"no answer was needed: hold {hold_id} has ended: {ENDED[ended_as]}")
     if answer.decision == LEAVE_THEM:
         return Heeded(f"hold {hold_id} stands: {answer.in_words(hold_id, target)}", is_left=True)
     lasting = timedelta(minutes=answer.for_minutes)

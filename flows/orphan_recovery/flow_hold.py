@@ -211,7 +211,7 @@ async def withdraw_questions(ended: dict[UUID, str]) -> None:
     async with get_client() as client:
         for run in await _tagged(client, list(by_tag), StateType.PAUSED):
             [tag] = by_tag.keys() & set(run.tags)  # it can ask but once
-            told = f"no answer is needed any more: {tag} has ended, since {ENDED[by_tag[tag]]}"
+            told = f"no answer is needed any more: {tag} has ended: {ENDED[by_tag[tag]]}"
             await client.set_flow_run_state(run.id, Cancelled(message=told), force=True)
             get_run_logger().info("flow run %s is cancelled: %s", run.name, told)
 
@@ -276,12 +276,12 @@ def _shown(report: SweepReport) -> str:
             f"**See whether they live before you answer; nothing is lost by waiting.** Choose "
             f"“{MARK_THEM}” only if they are dead. If they live, choose “{LEAVE_THEM}”, or close "
             "this: the hold ends with the first sweep that hears of them.",
-            f"{held.in_words()}, the first of them since {saw['first_silent_since']}. "
+            f"{held.in_words()}{held.since_first}. "
             f"{counted(held.runs, 'run')} {'is' if held.runs == 1 else 'are'} not marked.",
             f"Silent: {some}{f' and {more} more' if more else ''}.",
             f"The server has been up since {saw['server_started_at']}"
             + (", after a failover" if saw["failed_over"] else "")
-            + (f"; the sweep before was at {last}." if last else "; no sweep was before."),
+            + (f"; the sweep before was at {last}." if last else "; no sweep was before this one."),
             f"The same on the command line: `orphan-recovery approve {held.hold_id} --target "
             f"{target}`.",
         )

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.annotations import quote
@@ -26,6 +27,7 @@ from orphan_recovery.events import log_verdict, marks_told_quietly
 from orphan_recovery.hold import Decision
 from orphan_recovery.judge import Progress, judge_slices
 from orphan_recovery.judge_pages import judge_pages
+from orphan_recovery.log import FieldsAfter
 from orphan_recovery.mark_together import SharedMarks
 from orphan_recovery.policy import is_transient, retry_plan
 from orphan_recovery.report import SweepReport
@@ -35,6 +37,7 @@ from orphan_recovery.sweep import Look, begin, decide_on, finish, look_again_at
 from orphan_recovery.turn import in_turn
 from orphan_recovery.verdict import Verdict
 from orphan_recovery.waiting import HeldError
+from orphan_recovery.words import span
 
 T = TypeVar("T")
 
@@ -102,6 +105,9 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_without_traceback)
+for _handler in logging.getLogger().handlers:  # Prefect's console prints an event's name alone
+    if isinstance(_handler, PrefectConsoleHandler) and _handler.formatter is not None:
+        _handler.setFormatter(FieldsAfter(_handler.formatter))
 
 
 @asynccontextmanager
@@ -148,8 +154,9 @@ async def mark(marks: SharedMarks, run_id: str) -> State[Any]:
     with marks_told_quietly():
         log_verdict(marks.request, verdict)
     message = (
-        f"{run.id}: {verdict.outcome.value}; silent for {run.silence} by its {run.evidence.value} "
-        f"when detected, threshold {run.threshold}, held by worker {run.worker_id or '(none)'}"
+        f"{run.id}: {verdict.outcome.value}; silent for {span(run.silence)} by its "
+        f"{run.evidence.value} when detected, threshold {span(run.threshold)}, held by worker "
+        f"{run.worker_id or '(none)'}"
     )
     marks.verdicts[run_id] = verdict  # as the state's data, Prefect would look through it
     return Completed(message=message)

@@ -210,6 +210,55 @@ class Approved(NamedTuple):
     """The same before this one; None if the hold was not released."""
 
 
+class OpenHold(NamedTuple):
+    """A hold that stands, released or not."""
+
+    hold_id: UUID
+    target: str
+
+
+async def open_holds(db: Executor) -> list[OpenHold]:
+    """Those of all targets of this ledger, the oldest first. Reads only."""
+    there = select(holds.c.hold_id, holds.c.target).where(holds.c.ended_at.is_(None))
+    return [OpenHold(*row) for row in await db.execute(there.order_by(holds.c.opened_at))]
+
+
+def the_one_of(there: list[OpenHold], hold: str) -> OpenHold:
+    """That one of them whose id begins so.
+
+    Raises:
+        ConfigurationError: none does, or several do; with the ids and targets of all.
+    """
+    asked = hold.strip().lower()
+    found = [one for one in there if asked and str(one.hold_id).startswith(asked)]
+    if len(found) == 1:
+        return found[0]
+    if there:
+        told = f"{'more than one' if found else 'no'} open hold begins with {hold!r}"
+        listed = ", ".join(f"{one.hold_id} of target {one.target!r}" for one in there)
+        told = f"{told if asked else 'name a hold'}; open are: {listed}"
+    else:
+        told = "no hold is open: nothing is to be approved"
+    raise ConfigurationError(
+        f"{told}. One that is closed needs no approval: its fleet has recovered, or it was "
+        "released and its runs are marked"
+    )
+
+
+async def count_in_flight(db: Executor, target: Target, hold_id: UUID) -> int:
+    """How many of the runs that a hold names are in flight still. Reads only.
+
+    Raises:
+        ConfigurationError: the table cannot be used.
+        sqlalchemy.exc.DBAPIError: as the database raised it.
+    """
+    table = await runs_table(db, target)
+    named = _HOLD_RUNS.join(table.table, table.is_row(_HOLD_RUNS.c.run_id))
+    counted = select(func.count()).select_from(named)
+    of_it = counted.where(_HOLD_RUNS.c.hold_id == hold_id, table.in_flight)
+    return int((await db.execute(of_it)).scalar_one())
+
+
 async def approve(
     db: Executor, hold: str, *, by: str, lasting: timedelta = _APPROVED_FOR, note: str | None = None
 ) -> Approved:
@@ -231,20 +280,7 @@ async def approve(
         ConfigurationError: there is no such open hold, or several.
         sqlalchemy.exc.DBAPIError: as the database raised it.
     """
-    asked = hold.strip().lower()
-    open_holds = select(holds.c.hold_id).where(
-        holds.c.ended_at.is_(None), func.starts_with(cast(holds.c.hold_id, Text), asked)
-    )
-    found = list((await db.execute(open_holds)).scalars())
-    if len(found) != 1 or not asked:
-        every = select(cast(holds.c.hold_id, Text)).where(holds.c.ended_at.is_(None))
-        there = ", ".join((await db.execute(every)).scalars()) or "none"
-        told = f"{'no' if not found else 'more than one'} open hold begins with {hold!r}"
-        raise ConfigurationError(
-            f"{told if asked else 'name a hold'}; open are: {there}. One that is closed needs no "
-            "approval: its fleet has recovered, or it was released and its runs are marked"
-        )
-    [hold_id] = found
+    hold_id = the_one_of(await open_holds(db), hold).hold_id
     before = select(func.max(approvals.c.expires_at)).where(
         approvals.c.hold_id == hold_id, approvals.c.expires_at > NOW
     )

@@ -63,10 +63,25 @@ class EventFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {k: v for k, v in vars(record).items() if k not in _STANDARD}
-        shown = " ".join(f"{key}={value!r}" for key, value in fields.items())
-        line = super().format(record)
-        return f"{line} {shown}" if shown else line
+        return _with_fields(super().format(record), record)
+
+
+class FieldsAfter(logging.Formatter):
+    """Another formatter's line; of an event, and of nothing else, with the fields after it."""
+
+    def __init__(self, plain: logging.Formatter) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = self.plain.format(record)
+        return _with_fields(line, record) if record.name == logger.name else line
+
+
+def _with_fields(line: str, record: logging.LogRecord) -> str:
+    fields = {k: v for k, v in vars(record).items() if k not in _STANDARD}
+    shown = " ".join(f"{key}={value!r}" for key, value in fields.items())
+    return f"{line} {shown}" if shown else line
 
 
 _WAITS: Final = {

@@ -15,3 +15,6 @@ SCHEDULED: Final = "scheduled"
 another."""
 ON_DEMAND: Final = "on-demand"
 ALL_TARGETS: Final = "all-targets"
+
+TRIGGERED: Final = "triggered"
+"""The tag of a flow run that `orphan-recovery trigger` started."""

@@ -59,11 +59,13 @@ async def recover_orphaned_runs(threshold_minutes: int | None = None) -> dict[st
         failures first; ``error``, None or what stopped the sweep before its end, such as a
         database that cannot be reached. Further: ``target, dry_run, sweep_id, threshold_minutes,
         outcomes, in_flight, undatable, ahead, exempt, held, hold, silent_workers, looked_twice,
-        postponed, seen_by, message``; ``held`` is how many runs it did not dare to mark, by the
-        hold ``hold``, and ``silent_workers`` up to ten of the workers that look dead there;
-        ``looked_twice`` and ``postponed`` why it looked a second time, or left what has beaten to
-        the next sweep, or None; ``seen_by`` None, or the id of the sweep that looked in this one's
-        place: what was marked is in its report.
+        postponed, seen_by, message, warnings, next_steps``; ``held`` is how many runs it did not
+        dare to mark, by the hold ``hold``, and ``silent_workers`` up to ten of the workers that
+        look dead there; ``looked_twice`` and ``postponed`` why it looked a second time, or left
+        what has beaten to the next sweep, or None; ``seen_by`` None, or the id of the sweep that
+        looked in this one's place: what was marked is in its report; ``message`` is the headline,
+        ``warnings`` what a person has to look at besides, and ``next_steps`` what is to be done:
+        lists of texts, empty if there is nothing.
         With recovery switched off, ``enabled`` is False and the database is not touched.
 
     Raises:

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from orphan_recovery.database import missing_right
+from orphan_recovery.database import missing_right, where_address_is
 from orphan_recovery.detect import Fleet
 from orphan_recovery.request import SweepRequest
 from orphan_recovery.run import WorkerRun
@@ -37,6 +37,15 @@ class Held:
     """Opened by this sweep, and not by one before."""
     others: tuple[UUID, ...] = ()
     """Further holds that stand."""
+
+    @property
+    def since_first(self) -> str:
+        """Since when the first of them has been silent, for who has read since when the last has;
+        nothing where that is the same."""
+        saw = self.evidence
+        if saw["first_silent_since"] == saw["silent_since"]:
+            return ""
+        return f", the first of them since {saw['first_silent_since']}"
 
     def in_words(self) -> str:
         saw = self.evidence
@@ -155,7 +164,7 @@ class SweepReport:
     def headline(self) -> str:
         """One line that tells what happened, worst news first."""
         if not self.enabled:
-            return "recovery is switched off: nothing was read and nothing was marked"
+            return self._named("recovery is switched off: nothing was read and nothing was marked")
         threshold = counted(self.request.minutes, "minute")
         if not self.request.by_rules:
             threshold = span(self.request.threshold)
@@ -191,16 +200,22 @@ class SweepReport:
             told = f"stopped before anything was read: {self.error}"
         elif self.error:
             told = f"stopped before its end: {self.error}; until then {told}"
-        if self.request.target.name != DEFAULT_TARGET:
-            told = f"{self.request.target.name}: {told}"
-        return told + "".join(f"; {warning}" for warning, _ in self.warnings())
+        return self._named(told) + "".join(f"; {warning}" for warning, _ in self.warnings())
+
+    def _named(self, told: str) -> str:
+        """Whose it is, where that is not the default target."""
+        name = self.request.target.name
+        return told if name == DEFAULT_TARGET else f"{name}: {told}"
 
     def _for_example(self, outcome: Outcome) -> str:
         """What kept the first of the failed from being marked: a cause is mostly that of all."""
         failed = next((v for v in self.verdicts if v.outcome is Outcome.FAILED and v.error), None)
         if outcome is not Outcome.FAILED or failed is None:
             return ""
-        return f" ({failed.run.id} by {failed.error})"
+        why = f"by {failed.error}"
+        if _LOCKED in (failed.error or ""):
+            why = "is locked, or what its mark needs is, by another transaction"
+        return f" ({failed.run.id} {why})"
 
     def warnings(self) -> list[tuple[str, str]]:
         """What a person has to look at besides, such as runs that silence cannot judge; and what
@@ -280,6 +295,7 @@ class SweepReport:
             steps.append(f"Recovery is off by {ENABLED_VARIABLE}; unset it to switch it on.")
         if self.error and self.fleet is None:
             steps.append("Nothing was read and nothing marked. See to the cause named above.")
+            steps += [told] if (told := where_address_is(self.request.target, self.error)) else []
         elif self.error:
             steps.append(
                 "The sweep did not come to its end. What it marked stands; what it left is "
@@ -347,9 +363,13 @@ class SweepReport:
             "runs": [_entry(item) for item in listed],
             "error": self.error,
             "message": self.headline(),
+            "warnings": [warning for warning, _ in self.warnings()],
+            "next_steps": self.next_steps(),
         }
 
 
+_LOCKED: Final = "(SQLSTATE 55P03)"
+"""In an error's text: a lock was not to be had in time."""
 _IN_WORDS: Final = {
     Outcome.FAILED: "FAILED",
     Outcome.MARKED: "marked crashed",

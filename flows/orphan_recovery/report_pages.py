@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from orphan_recovery.report import Held, SweepReport
 from orphan_recovery.verdict import Outcome, Verdict
-from orphan_recovery.words import counted, iso
+from orphan_recovery.words import counted, iso, span
 
 MOST_ROWS: Final = 200
 """Of a table for people: the report and the ledger have more."""
@@ -26,7 +26,7 @@ def as_table(report: SweepReport) -> list[dict[str, str]]:
             "tenant": entry["tenant_id"] or "",
             "last sign of life": entry["sign_of_life"],
             "evidence": entry["evidence"],
-            "silence": str(timedelta(seconds=entry["silence_seconds"])),
+            "silence": span(timedelta(seconds=entry["silence_seconds"])),
             "found instead, or error": entry["error"] or _found(entry["found"]),
         }
         for entry in entries[:MOST_ROWS]
@@ -68,15 +68,16 @@ def _what_is_held(held: Held) -> list[str]:
     saw = held.evidence
     silent = ", ".join(_code(name) for name in held.silent)
     more = saw["silent_workers"] - len(held.silent)
+    last = saw["last_sweep_at"]
     up = f"the server has been up since {saw['server_started_at']}"
     return [
         f"Hold `{held.hold_id}` stands since {iso(held.opened_at)}, and keeps "
         f"{counted(held.runs, 'run')} from being marked. What was seen then:",
         "",
-        f"- {held.in_words()}, the first of them since {saw['first_silent_since']}",
+        f"- {held.in_words()}{held.since_first}",
         f"- silent: {silent}{f' and {more} more' if more > 0 else ''}",
         f"- {up}{', after a failover' if saw['failed_over'] else ''}",
-        f"- the sweep before was at {saw['last_sweep_at'] or 'no time: it was the first'}",
+        f"- the sweep before was at {last}" if last else "- no sweep was before this one",
         f"- the threshold was {counted(saw['threshold_minutes'], 'minute')}, and more than "
         f"{saw['hold_share']:.0%} of the {saw['counted']} is held",
         *(f"- hold `{other}` stands since before" for other in held.others),

@@ -287,7 +287,10 @@ class Target(_Described):
                 "beginning with a letter"
             )
         if self.crashed in self.in_flight:
-            raise ValueError(f"crashed is {self.crashed!r}, which in_flight has too")
+            raise ValueError(
+                f"crashed is {self.crashed!r}, which in_flight has too: a mark must end a run; "
+                "give another status"
+            )
         for one, other in (("in_flight", "terminal"), ("in_flight", "waiting")):
             both = set(getattr(self, one)) & set(getattr(self, other) or ())
             if both:

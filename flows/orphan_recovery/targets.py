@@ -9,6 +9,7 @@ Without a file there is one target, ``default``: the table ``worker_runs``.
 
 import difflib
 import os
+import re
 import tomllib
 from functools import lru_cache
 from pathlib import Path
@@ -231,12 +232,18 @@ def _read_file() -> tuple[Path, str]:
 
 
 _PLAINLY: Final = {
+    "Input should be a valid integer": "Give a whole number",
+    "Input should be a valid number": "Give a number",
+    "Input should be a valid string": "Give a text",
+    "Input should be a valid boolean": "Give true or false",
     "Input should be greater than or equal to": "Give at least",
     "Input should be less than or equal to": "Give at most",
     "Input should be greater than": "Give more than",
     "Input should be": "Give",
 }
 """How pydantic says it, and how people do."""
+_WHY_NONE: Final = re.compile(r", (unable to|got a number with) .*")
+"""What it adds, and nobody needs who sees the value."""
 
 
 def _explain(path: Path, problem: Any) -> str:
@@ -245,11 +252,14 @@ def _explain(path: Path, problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = _known_keys(keys)
         close = difflib.get_close_matches(keys[-1], known, n=1)
+        if close == known:
+            return f"{place} is no key: did you mean {close[0]!r}?"
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{place} is no key: {hint}known are {', '.join(known)}"
     message = problem["msg"].removeprefix("Value error, ")
     for told, meant in _PLAINLY.items():
         message = message.replace(told, meant)
+    message = _WHY_NONE.sub("", message)
     value = problem["input"]
     if keys[-1:] in (["database_url_env"], ["database_url_secret"]) or problem["type"] == "missing":
         return f"{place}: {message[0].lower()}{message[1:]}"

@@ -14,11 +14,15 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import wraps
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
+from typer.models import CommandInfo
 
 from orphan_recovery.cli import setup
 from orphan_recovery.cli.options import (
@@ -39,6 +43,7 @@ from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target, load_targets
 
 if TYPE_CHECKING:
+    from orphan_recovery.hold import Approved
     from orphan_recovery.report import SweepReport
 
 app = typer.Typer(
@@ -153,31 +158,38 @@ def approve(
 ) -> None:
     """Release one hold: the next sweep marks the runs that it names, and no others.
 
-    For when you have seen that the workers it speaks of are dead.
+    For when you have seen that the workers it speaks of are dead. Without --target the hold is
+    looked for in the ledgers of all targets.
     """
-    from orphan_recovery.database import address, make_engine, transaction
-    from orphan_recovery.hold import Approved
-    from orphan_recovery.hold import approve as release
-    from orphan_recovery.ledger import ledger_there
+    from orphan_recovery.release import NotAsked, find_hold, release
+
+    targets = list(load_targets().values()) if target is None else [find_target(target)]
+    try:
+        found = asyncio.run(find_hold(targets, hold))
+    except NotAsked as error:
+        _fail(str(error), code=1)
+    for not_asked in found.not_asked:
+        typer.echo(f"orphan-recovery: {not_asked}", err=True)
+    lasting = timedelta(minutes=minutes)
+    with _naming(found.hold.target):
+        done = asyncio.run(release(found, by=_person(), lasting=lasting, note=note))
+    whose = f" of target {found.hold.target!r}" if len(targets) > 1 else ""
+    typer.echo(f"hold {found.hold.hold_id}{whose} {_told_of(*done)}")
+
+
+def _told_of(approved: "Approved", in_flight: int | None) -> str:
+    """What an approval came to, and what comes of it."""
     from orphan_recovery.words import iso
 
-    async def released() -> Approved:
-        engine = make_engine(address(find_target(target)))
-        try:
-            async with transaction(engine) as connection:
-                lasting = timedelta(minutes=minutes)
-                async with ledger_there():
-                    return await release(connection, hold, by=_person(), lasting=lasting, note=note)
-        finally:
-            await engine.dispose()
-
-    done = asyncio.run(released())
-    told = f"is released until {iso(done.until)}"
-    if done.was_until is not None:
-        told = f"was released already, until {iso(done.was_until)}, and now {told}"
-    typer.echo(
-        f"hold {done.hold_id} {told}; the next sweep marks those of its runs that are silent still"
-    )
+    _, until, was_until = approved
+    told = f"is released until {iso(until)}"
+    if was_until is not None and until > was_until:
+        told = f"was released already, until {iso(was_until)}, and now {told}"
+    elif was_until is not None:
+        told = f"stays released until {iso(until)}: an approval is never made shorter"
+    if in_flight == 0:
+        return f"{told}; none of its runs is in flight any more: nothing is left to mark"
+    return f"{told}; the next sweep marks those of its runs that are silent still"
 
 
 def _person() -> str:
@@ -242,8 +254,9 @@ def trigger(
 
     Prints the flow run's address. With --wait, exits 0 only when the sweep ended well.
     """
-    from orphan_recovery.deploy import trigger_sweep
+    from orphan_recovery.deploy import releases, trigger_sweep, where_summary_is
     from orphan_recovery.flow_hold import HELD
+    from orphan_recovery.words import span
 
     asked: dict[str, Any] = {
         "target": target,
@@ -273,17 +286,25 @@ def trigger(
     )
     if not wait or (run.state and run.state.is_completed()):
         return
+    message = (run.state and run.state.message) or ""
     if run.state and run.state.name == HELD:
-        _fail(
-            "the sweep is held, and waits for a person: if the workers that its message tells of "
-            "are dead, `orphan-recovery approve` the hold that it names",
-            code=3,
+        typer.echo(
+            "orphan-recovery: the sweep is held, and waits for a person: see whether the workers "
+            "that its message tells of live; if they are dead, release their runs:",
+            err=True,
         )
+        for command in releases(message):
+            typer.echo(command, err=True)
+        raise typer.Exit(3)
     if run.state and run.state.is_final():
-        _fail(f"the sweep ended {run.state_name}", code=1)
+        told = f"the sweep ended {run.state_name}" + (f": {message}" if message else "")
+        if (where := asyncio.run(where_summary_is(run))) is not None:
+            told += f"; what is to be done next is in its summary: {where}"
+        _fail(told, code=1)
+    goes_on = "stays scheduled" if run.state and run.state.is_scheduled() else "goes on"
     _fail(
-        f"the flow run is still {run.state_name} after {timeout:g} seconds, and goes on: see "
-        "whether a worker or `orphan-recovery serve` is up to run it",
+        f"the flow run is still {run.state_name} after {span(timedelta(seconds=timeout))}, and "
+        f"{goes_on}: see whether a worker or `orphan-recovery serve` is up to run it",
         code=1,
     )
 
@@ -305,6 +326,8 @@ def demo(
 
 def main() -> None:
     """Run the command line; every error that is not a bug is one line on standard error."""
+    for command in app.registered_commands:
+        _finish(command)
     try:
         app()
     except ConfigurationError as error:
@@ -312,17 +335,68 @@ def main() -> None:
     except BrokenPipeError:  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+_IN_SHORT: Final = {
+    "sweep": "Run one whole sweep here, without Prefect.",
+    "approve": "Release one hold, once its workers are known dead.",
+    "summary": "Show what stands crashed, and contested verdicts.",
+    "serve": "Serve the schedules and deployments of all targets.",
+    "trigger": "Start a sweep in Prefect, for a deploy pipeline.",
+    "init": "Describe a table of yours by looking at it.",
+    "doctor": "Say whether a target is fit to be swept.",
+    "sql": "Print what `migrate` would do, and a role, to review.",
+    "migrate": "Bring the schema up to date, or take it away.",
+    "backtest": "Replay thresholds over runs that lived.",
+    "demo": "Kill real workers, and recover what they left.",
+}
+"""Each command in the list of all, which is cut off at 80 columns: see :func:`main`."""
+
+
+def _finish(command: CommandInfo) -> None:
+    """Give a command its line in the list; and what goes wrong in it the target's name."""
+    assert command.callback is not None  # noqa: S101 - each is a function's
+    command.short_help = _IN_SHORT[command.callback.__name__]
+    command.callback = _naming_its_target(command.callback)
+
+
+def _naming_its_target(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but that an error of a target's database is a line that names the target."""
+
+    @wraps(command)
+    def named(**given: Any) -> Any:
+        with _naming(given.get("target")):
+            return command(**given)
+
+    return named
+
+
+@contextmanager
+def _naming(target: str | None) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
     except Exception as error:
         from psycopg import Error
         from sqlalchemy.exc import DBAPIError
 
-        from orphan_recovery.database import describe, missing_right
-
         if not isinstance(error, DBAPIError | Error | OSError):
             raise
-        told = describe(error)
-        hint = missing_right(told)
-        _fail(f"{told}. {hint}" if hint else told, code=1)
+        _fail(_explained(error, target), code=1)
+
+
+def _explained(error: Exception, asked: str | None) -> str:
+    """What went wrong, and what to see to, in a line."""
+    from orphan_recovery.database import describe, is_unreachable, missing_right, where_address_is
+
+    told, meant = describe(error), None
+    with suppress(ConfigurationError):  # of `init` it is none yet; of several, none may be meant
+        meant = find_target(asked)
+    hint = missing_right(told, meant.name if meant else None)
+    if meant and is_unreachable(told):
+        hint = where_address_is(meant, told)
+    return f"{told}{'' if told.endswith(('.', '?')) else '.'} {hint}" if hint else told
 
 
 def _fail(message: str, *, code: int) -> NoReturn:
@@ -335,11 +409,10 @@ def _print_report(report: "SweepReport", *, name: bool) -> None:
     from orphan_recovery.report import SHOWN
     from orphan_recovery.report_pages import as_table
 
-    if name:
-        typer.echo(f"target {report.request.target.name}:")
     shown = as_table(report)
     print_table(shown)
-    typer.echo(report.headline())
+    headline, named = report.headline(), f"{report.request.target.name}: "
+    typer.echo(named + headline.removeprefix(named) if name else headline)
     if len(shown) < report.detected:
         where = f"the ledger has all, of sweep {report.request.sweep_id}"
         if report.request.dry_run:
