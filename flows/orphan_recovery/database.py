@@ -269,8 +269,18 @@ async def set_lock_timeout(db: Executor, milliseconds: int) -> None:
 
 
 def shown(url: URL) -> str:
-    """An address for people: without its password, and readable where a socket's path is in it."""
-    return unquote(url.render_as_string(hide_password=True))
+    """An address for people: as they write it, without its password and the driver that we add,
+    and readable where a socket's path is in it."""
+    plain = URL.create(
+        url.get_backend_name(),
+        username=url.username,
+        password=url.password or None,  # where there is none, no stars say that there is
+        host=url.host,
+        port=url.port,
+        database=url.database,
+        query=url.query,
+    )
+    return redact(unquote(plain.render_as_string(hide_password=True)))
 
 
 def describe(error: BaseException) -> str:
