@@ -137,6 +137,14 @@ def address(target: "Target") -> URL:
     return database_url()
 
 
+def named_address(target: "Target") -> str:
+    """Where :func:`address` takes it from, for people: the variable, or the Secret block."""
+    if target.database_url_secret:
+        return f"the Prefect Secret block {target.database_url_secret!r}"
+    given = (name for name in DATABASE_VARIABLES if os.environ.get(name))
+    return target.database_url_env or next(given, DATABASE_VARIABLES[0])
+
+
 def _secret(target: str, block: str) -> str:
     from prefect.blocks.system import Secret
     from prefect.settings import get_current_settings

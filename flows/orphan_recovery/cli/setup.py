@@ -144,11 +144,24 @@ def sql(
     Executes nothing. What is there already is left out; run as the tables' owner, by psql, it
     comes to the same as `migrate`.
     """
+    from sqlalchemy.exc import DBAPIError
+
+    from orphan_recovery.database import describe, missing_right, named_address
     from orphan_recovery.schema.review import as_sql
 
     meant = find_target(target)
-    with _connected(meant) as connection:
-        typer.echo(as_sql(connection, meant, role, worker_role))
+    try:
+        with _connected(meant) as connection:
+            script = as_sql(connection, meant, role, worker_role)
+    except DBAPIError as error:
+        told = describe(error)
+        if not missing_right(told):
+            raise
+        raise ConfigurationError(
+            f"{told}. This database role may not look at what is there: have the tables' owner run "
+            f"this command, with an address of the owner's in {named_address(meant)}"
+        ) from None
+    typer.echo(script)
 
 
 def migrate(
