@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -32,6 +33,11 @@ from sql_support import a_role, seen_by
 from support import Database, database_of_its_own, free_port
 from tables_support import configure, do, set_for_all
 
+NOT_KNOWN = (
+    "nothing is known to be wrong (a lower bound, since runs beat; `doctor` says what heartbeats "
+    "and the schedule ask for)"
+)
+"""What is said of thresholds that would have crashed no run, where a beat wipes out the last."""
 COMMAND = Path(sys.executable).with_name("orphan-recovery")
 
 
@@ -145,9 +151,8 @@ async def test_each_threshold_counts_the_finished_runs_that_were_silent_for_it(
     assert tested.least_safe is at[40]
     assert tested.later(at[40]) == 25
     assert headline(tested) == (
-        "15 min (now) would have crashed 12 of 32 runs that finished, in tasks a and b; "
-        "40 min is the least of these that would have crashed none: recovery would have come "
-        "25 min later"
+        "15 min (now) would have crashed 12 of 32 runs that finished, in tasks a and b; of 40 min "
+        f"and longer {NOT_KNOWN}: recovery would have come 25 min later"
     )
 
 
@@ -393,8 +398,8 @@ async def test_deaths_that_a_longer_threshold_would_have_kept_waiting_are_counte
     assert tested.deaths == 5
     assert {m: one.deaths_later for m, one in at.items()} == {15: 0, 30: 0, 60: 3, 120: 5}
     assert headline(tested).endswith(
-        "60 min is the least of these that would have crashed none: recovery would have come "
-        "30 min later, and 3 of 5 deaths would have waited longer"
+        f"of 60 min and longer {NOT_KNOWN}: recovery would have come 30 min later, and 3 of 5 "
+        "deaths would have waited longer"
     )
 
 
@@ -616,6 +621,18 @@ async def test_where_no_threshold_would_have_been_safe_the_longest_silence_is_to
     )
 
 
+async def test_where_no_run_beats_the_least_threshold_that_would_have_crashed_none_is_named(
+    db: Database,
+) -> None:
+    many(db, 21, "6 minutes", beat=False)
+    tested, _ = await replayed(None, 5, 10)
+    told = "10 min is the least of these that would have crashed none: recovery would have come "
+    assert headline(tested).endswith(f"; {told}20 min sooner")
+    assert plot(tested)[1] == "10 min │0  (least that crashes none)"
+    tested, _ = await replayed(Target(threshold_minutes=10), 5)
+    assert headline(tested).endswith("; it is the least of these that would have crashed none")
+
+
 async def test_a_shorter_threshold_that_is_safe_too_is_found_and_comes_sooner(
     db: Database,
 ) -> None:
@@ -623,8 +640,7 @@ async def test_a_shorter_threshold_that_is_safe_too_is_found_and_comes_sooner(
     tested, _ = await replayed()
     assert headline(tested) == (
         "30 min (now) would have crashed none of 21 runs that finished, 5 min 21, in task report; "
-        "10 min is the least of these that would have crashed none: recovery would have come "
-        "20 min sooner"
+        f"of 10 min and longer {NOT_KNOWN}: recovery would have come 20 min sooner"
     )
 
 
@@ -651,7 +667,7 @@ async def test_the_plot_has_a_bar_as_long_as_its_count_and_shows_whatever_is_not
         "  5 min │" + 30 * "█" + " 500",
         " 30 min │▏ 1  (now)",
         " 60 min │▏ 1",
-        "120 min │0  (least that crashes none)",
+        "120 min │0  (none known from here on)",
     ]
     assert plot(tested, 35, ascii_only=True)[:3] == [
         "  1 min |" + 20 * "#" + " 1,000",
@@ -689,27 +705,42 @@ def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str
     )
 
 
-def test_the_command_prints_table_plot_and_headline_for_a_pipe_of_80_columns(
-    db: Database,
-) -> None:
+def test_the_command_prints_table_plot_and_headline_for_a_pipe(db: Database) -> None:
     many(db, 20)
     many(db, 12, "20 minutes", task="import")
     done = run("--threshold-minutes", "15", "--threshold-minutes", "40", "--days", "7")
     assert (done.returncode, done.stderr) == (0, "")
-    lines = [line.rstrip() for line in done.stdout.splitlines()]
-    assert max(map(len, lines)) <= 80
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == [], "nor padded"
     told = [re.sub(r" {2,}", "  ", line.strip()) for line in lines]
     assert "threshold  wrongly crashed  of all  recovery comes  deaths kept waiting" in told
     assert "15 min  12  37.5%  15 min sooner  0" in told
     assert "30 min (now)  0  0.0%  as now  0" in told
     assert "40 min  0  0.0%  10 min later  0" in told
     assert "15 min │" + 60 * "█" + " 12" in lines
-    assert "30 min │0  (now, least that crashes none)" in lines
+    assert "30 min │0  (now, none known from here on)" in lines
     assert "15 min  import 12" in lines
-    assert " ".join(lines).endswith(
+    assert lines[-1] == (
         "30 min (now) would have crashed none of 32 runs that finished, 15 min 12, in task "
-        "import; it is the least of these that would have crashed none"
-    )
+        f"import; of 30 min and longer {NOT_KNOWN}"
+    ), "in a pipe nothing is wrapped"
+
+
+def test_on_a_terminal_tasks_go_on_below_themselves(db: Database) -> None:
+    for n in range(5):
+        many(db, 4, f"{40 + n} minutes", task=f"import of the customer numbered {n}")
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        with os.fdopen(theirs, "wb", buffering=0) as stdout:
+            command = [str(COMMAND), "backtest", "--threshold-minutes", "30"]
+            there = {**os.environ, "COLUMNS": "80", "TERM": "dumb"}
+            subprocess.run(command, env=there, stdout=stdout, check=True)
+        lines = terminal.read(100_000).decode().splitlines()
+    assert max(map(len, lines)) <= 80
+    first = next(n for n, line in enumerate(lines) if line.startswith("30 min  import of"))
+    indent = len("30 min  ")
+    assert lines[first + 1][:indent].isspace()
+    assert not lines[first + 1][indent].isspace()
 
 
 def test_the_command_prints_json_and_nothing_else(db: Database) -> None:

@@ -14,6 +14,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from sqlalchemy import make_url
 
 from cli_support import run
+from orphan_recovery.doctor import fleet
 from orphan_recovery.doctor.examine import examine
 from orphan_recovery.doctor.finding import Finding, Level
 from orphan_recovery.doctor.schedule import look_up_schedule
@@ -180,6 +181,11 @@ AGE_LEDGER = (
     "ALTER TABLE orphan_recovery.sweeps DISABLE TRIGGER USER",
     "UPDATE orphan_recovery.sweeps SET ended_at = ended_at - interval '40 minutes'",
     "ALTER TABLE orphan_recovery.sweeps ENABLE TRIGGER USER",
+)
+FORGET_COMPLETED = (
+    AGE_LEDGER[0],
+    "DELETE FROM orphan_recovery.sweeps WHERE ended_as = 'completed'",
+    AGE_LEDGER[2],
 )
 FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER[2])
 
@@ -359,13 +365,33 @@ FORGET_LEDGER = (AGE_LEDGER[0], "DELETE FROM orphan_recovery.sweeps", AGE_LEDGER
                 "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by,"
                 " reason, threshold, scope, version, opened_at, ended_at, ended_as, error)"
                 " SELECT gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 min',"
-                " '{}', '0', now(), now(), how, CASE how WHEN 'failed' THEN 'no room left' END"
-                " FROM unnest(ARRAY['failed', 'died', 'held', 'direct']) AS how"
+                " '{}', '0', now() + n * interval '1 ms', now() + n * interval '1 ms', how,"
+                " CASE how WHEN 'failed' THEN 'no room left' END"
+                " FROM unnest(ARRAY['held', 'failed', 'died', 'direct'])"
+                " WITH ORDINALITY AS s(how, n)"
             ],
             {},
             Level.WARNING,
             "last sweep",
-            "of those since, 2 sweeps did not, or not yet; the last because no room left",
+            "of those since, 1 died, 1 failed; the last because no room left",
+            "mend that cause; its verdicts are under sweep",
+        ),
+        (
+            [
+                "INSERT INTO orphan_recovery.sweeps (sweep_id, target, table_name, asked_by,"
+                " reason, threshold, scope, version, opened_at)"
+                " SELECT gen_random_uuid(), 'default', 'worker_runs', 'test', 'test', '30 min',"
+                " '{}', '0', now() - age"
+                " FROM unnest(ARRAY['1 second', '2 minutes']::interval[]) AS age",
+                AGE_LEDGER[0],
+                "UPDATE orphan_recovery.sweeps SET opened_at = opened_at - interval '1 hour'"
+                " WHERE ended_at IS NOT NULL",
+                AGE_LEDGER[2],
+            ],
+            {},
+            Level.WARNING,
+            "last sweep",
+            "of those since, 1 open still, or cut off",
             "see whether the schedule",
         ),
         (
@@ -395,6 +421,27 @@ async def test_each_ailment_is_one_line_with_its_level_and_the_way_out(
     assert (line.level, line.about) == (level, about)
     assert told in line.told
     assert way_out in (line.way_out or line.told)
+
+
+async def test_why_the_last_sweep_marked_not_all_is_told_with_where_its_verdicts_are(
+    well: Database, nowhere: None
+) -> None:
+    well.add_run("orphan", worker="w9")
+    well.poison("orphan")
+    report = await run_sweep(SweepRequest(asked_by="test", target=Target()))
+    assert (report.failed, report.error) == (1, None)
+    [line] = amiss(await examine(Target()))
+    assert line.about == "last sweep"
+    assert "; of those since, 1 failed; the last because 1 run could not be marked (" in line.told
+    assert line.told.endswith(": poisoned row orphan (SQLSTATE P0001))")
+    sweep_id = report.request.sweep_id
+    assert line.way_out == f"mend that cause; its verdicts are under sweep {sweep_id}"
+    for statement in FORGET_COMPLETED:
+        well.do(statement)
+    [line] = amiss(await examine(Target()))
+    assert line.told.startswith(
+        "no sweep of this target has ended well yet; of those so far, 1 failed; the last because 1"
+    )
 
 
 async def test_signs_of_life_in_the_future_name_ten_workers_at_most(
@@ -506,10 +553,31 @@ async def test_a_role_that_lacks_a_right_is_told_which(
     if not taken.startswith("SELECT"):
         assert len(lines) == 1
     else:  # a question that could not be asked is a failure, not an omission
-        assert {line.level for line in lines} == {Level.FAILURE}
-        asked = {line.about for line in lines[1:]}
-        assert asked == {"statuses", "queue", "index", "clocks", "threshold"}
-        assert all("could not be asked" in line.told for line in lines[1:])
+        [_, unasked] = lines
+        assert (unasked.level, unasked.about) == (Level.FAILURE, "privileges")
+        which = "could not be asked, of statuses, queue, index, clocks, threshold: Insufficient"
+        assert unasked.told.startswith(which)
+        assert "lacks a right: `orphan-recovery sql --target default`" in unasked.way_out
+
+
+async def test_a_role_that_may_not_look_into_the_ledger_is_told_so_once_and_who_may(
+    well: Database, other: Database, nowhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORPHAN_RECOVERY_DATABASE_URL", other.url)
+    who = psycopg.sql.Identifier(str(make_url(other.url).username))
+    revoke = psycopg.sql.SQL("REVOKE USAGE ON SCHEMA orphan_recovery FROM {}").format(who)
+    well.do(revoke)  # type: ignore[arg-type]
+    [line] = amiss(await examine(Target()))
+    assert (line.level, line.about) == (Level.FAILURE, "privileges")
+    told = "could not be asked, of truth trigger, ledger, hold, contests, last sweep: InsufficientP"
+    assert line.told.startswith(told)
+    assert "lacks a right: `orphan-recovery sql --target default`" in line.way_out
+    as_that_role = run("sql")
+    assert (as_that_role.returncode, as_that_role.stdout) == (2, "")
+    assert as_that_role.stderr.endswith(
+        "have the tables' owner run this command, with an address of the owner's in "
+        "ORPHAN_RECOVERY_DATABASE_URL\n"
+    )
 
 
 async def test_row_security_that_hides_rows_is_a_failure(
@@ -620,11 +688,129 @@ JOBS = (
     "CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamptz, worker_id text,"
     " started_at timestamptz, error text, completed_at timestamptz)"
 )
+FINISHED = (
+    "INSERT INTO jobs (id, status, created_at, completed_at, worker_id)"
+    " SELECT n, 'completed', now() - CASE WHEN n <= %s THEN interval '50 minutes'"
+    " ELSE interval '1 minute' END, now(), 'w' FROM generate_series(1, %s) AS n"
+)
 EVENTS = Elsewhere(table="events", key="job", run_key="id", last_seen="at")
 
 
 async def about(what: str, target: Target) -> list[Finding]:
     return [finding for finding in await examine(target) if finding.about == what]
+
+
+@pytest.mark.parametrize(
+    ("slow", "runs", "level", "told"),
+    [
+        (21, 25, Level.FAILURE, "21"),
+        (6, 100, Level.FAILURE, "6"),
+        (5, 100, Level.WARNING, "5"),
+        (0, 25, Level.WARNING, "none"),
+        (9, 10, Level.WARNING, "9"),  # of so few nothing is decided
+        (0, 0, Level.WARNING, None),
+    ],
+)
+async def test_where_runs_do_not_beat_those_that_finished_are_held_against_the_threshold(
+    blank: Database, nowhere: None, slow: int, runs: int, level: Level, told: str | None
+) -> None:
+    blank.do(JOBS)
+    blank.do(FINISHED, slow, runs)
+    [line] = await about("threshold", Target(name="mine", table="jobs"))
+    assert line.level is level
+    said = line.told.partition("; runs do not beat, so that age is taken for silence")[2]
+    would_have = f"; of {runs} runs that finished in the last 30 days it would have crashed {told}"
+    assert said == (would_have if told else "")
+    assert "`orphan-recovery backtest --target mine` says how many runs" in (line.way_out or "")
+
+
+async def test_a_threshold_that_takes_long_to_replay_is_left_to_the_backtest(
+    blank: Database, nowhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "REPLAY_MS", 1)
+    blank.do(JOBS)
+    blank.do(FINISHED, 50_000, 50_000)
+    [line] = await about("threshold", Target(name="mine", table="jobs"))
+    assert line.level is Level.WARNING
+    assert line.told.endswith("; runs do not beat, so that age is taken for silence")
+
+
+async def test_what_events_told_then_nobody_knows_so_that_no_threshold_is_refused(
+    blank: Database, nowhere: None
+) -> None:
+    blank.do(JOBS)
+    blank.do(FINISHED, 25, 25)
+    blank.do("CREATE TABLE events (job int, at timestamptz)")
+    [line] = await about("threshold", Target(name="mine", table="jobs", run_events=EVENTS))
+    assert line.level is Level.WARNING
+    assert "finished" not in line.told
+
+
+CHECKED = "ALTER TABLE jobs ADD CHECK (status IN ('running', 'failed, too', 'it''s failed'))"
+
+
+@pytest.mark.parametrize(
+    ("made", "crashed", "known"),
+    [
+        ([], "failed", False),
+        (["INSERT INTO jobs VALUES (2, 'failed', now())"], "failed", True),
+        (["DELETE FROM jobs"], "failed", True),
+        ([CHECKED.replace("it''s ", "")], "failed", True),
+        (["ALTER TABLE jobs ADD CHECK (status <> 'failed, twice')"], "failed", False),
+        ([CHECKED], "it's failed", True),
+        (["ALTER TABLE jobs ADD CHECK (error <> 'failed')"], "failed", False),
+        (
+            [
+                "CREATE DOMAIN state AS text CHECK (VALUE IN ('running', 'failed'))",
+                "ALTER TABLE jobs ALTER status TYPE state",
+            ],
+            "failed",
+            True,
+        ),
+        (
+            [
+                "CREATE TABLE states (name text PRIMARY KEY)",
+                "INSERT INTO states VALUES ('running')",
+                "ALTER TABLE jobs ADD FOREIGN KEY (status) REFERENCES states",
+            ],
+            "failed",
+            True,
+        ),
+        (
+            [
+                "ALTER TABLE jobs ALTER status TYPE int USING 1",
+                "ALTER TABLE jobs ADD CHECK (status < 99)",
+            ],
+            "9",
+            False,
+        ),
+        (
+            [
+                "ALTER TABLE jobs ALTER status TYPE int USING 1",
+                "ALTER TABLE jobs ADD CHECK (status IN (1, 9, 2))",
+            ],
+            "9",
+            True,
+        ),
+    ],
+)
+async def test_a_status_that_nothing_of_the_table_knows_is_asked_about_before_a_mark_writes_it(
+    blank: Database, nowhere: None, made: list[Any], crashed: str, known: bool
+) -> None:
+    blank.do(JOBS)
+    blank.do("INSERT INTO jobs VALUES (1, 'running', now())")
+    for statement in made:
+        blank.do(statement)
+    in_flight = ("1",) if crashed == "9" else ("running",)
+    target = Target(name="mine", table="jobs", in_flight=in_flight, crashed=crashed)
+    lines = [line for line in await about("statuses", target) if line.level is Level.WARNING]
+    lines = [line for line in lines if "that a mark writes" in line.told]
+    if known:
+        assert lines == []
+    else:
+        [line] = lines
+        assert line.told.startswith(f"no row has the status {crashed!r} that a mark writes")
+        assert "targets.mine.crashed be what it calls" in (line.way_out or "")
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,9 @@ def test_the_command_line_exits_3_says_what_it_saw_and_what_to_do(db: Database) 
     well = run("orphan-recovery", "doctor")
     assert f"hold {hold['hold_id']} stands since " in well.stdout
     assert f"`orphan-recovery approve {hold['hold_id']} --target default`" in well.stdout
+    assert well.returncode == 1, "somebody is to be woken for it"
+    assert "no sweep of this target has ended well yet; the last was held, " in well.stdout
+    assert "          → see hold\n" in well.stdout, "another sweep would be held as well"
 
 
 async def test_doctor_says_of_a_hold_whether_somebody_has_released_it(db: Database) -> None:
@@ -181,14 +184,14 @@ async def test_doctor_says_of_a_hold_whether_somebody_has_released_it(db: Databa
         [found] = [finding for finding in await examine(Target()) if finding.about == "hold"]
         return found
 
-    assert (await line()).level is Level.WARNING
+    assert (await line()).level is Level.FAILURE
     _, expires_at = await release(db, held.hold_id)
     told = await line()
     assert (told.level, told.way_out) == (Level.OK, None)
     assert f"it is released until {iso(expires_at)}, and the next sweep marks its" in told.told
     db.do("ALTER TABLE orphan_recovery.approvals DISABLE TRIGGER USER")
     db.do("UPDATE orphan_recovery.approvals SET expires_at = now() - interval '1 second'")
-    assert (await line()).level is Level.WARNING, "a release that has expired is none"
+    assert (await line()).level is Level.FAILURE, "a release that has expired is none"
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,39 @@ def test_what_cannot_be_a_status_of_a_run_is_asked_about(blank: Database, home: 
 JOBS = "CREATE TABLE jobs (id int PRIMARY KEY, status text, created_at timestamptz)"
 
 
+@pytest.mark.parametrize("name", ["begun_at", "began_at", "beganAt"])
+def test_when_a_run_was_begun_is_found_by_other_words_too(
+    blank: Database, home: Path, name: str
+) -> None:
+    make(blank, JOBS.replace(")", f', "{name}" timestamptz)'))
+    assert run("init", "--target", "mine").returncode == 0
+    assert find_target("mine").columns.started_at == name
+
+
+@pytest.mark.parametrize("statuses", [("running", "done"), ("running", "failed", "done")])
+def test_what_is_to_be_corrected_comes_first_of_what_is_to_be_done(
+    blank: Database, home: Path, statuses: tuple[str, ...]
+) -> None:
+    make(blank, JOBS)
+    for number, status in enumerate(statuses):
+        blank.do("INSERT INTO jobs VALUES (%s, %s, now())", number, status)
+    said = run("init", "--target", "mine").stdout.removeprefix(home.read_text()).strip()
+    first, *commands = said.splitlines()
+    if "failed" in statuses:
+        assert first == "written to orphan-recovery.toml. Read each guess, then:"
+    else:
+        assert first == (
+            "written to orphan-recovery.toml. Correct the lines that say GUESS AGAIN first, read "
+            "each guess, then:"
+        )
+    assert commands == [
+        "  orphan-recovery doctor --target mine    # is it fit to be swept?",
+        "  orphan-recovery backtest --target mine  # is the threshold right?",
+        "  orphan-recovery sql --target mine       # what `migrate` would do there",
+        "  orphan-recovery sweep --target mine --dry-run",
+    ]
+
+
 def test_the_one_table_with_a_key_is_taken(blank: Database, home: Path) -> None:
     make(blank, f"{JOBS}; CREATE TABLE log (id int, state text, created timestamptz)")
     assert run("init", "--target", "mine").returncode == 0
@@ -364,10 +397,12 @@ def test_a_time_without_a_zone_is_said_to_be_read_as_utc(blank: Database, home: 
     ("rows", "in_flight", "told"),
     [
         (("PENDING", "RECEIVED", "STARTED", "SUCCESS", "REVOKED"), ("RECEIVED", "STARTED"), None),
+        (("STARTED", "SUCCESS", "FAILURE"), ("STARTED",), None),
+        (("IDLE", "SUCCESS"), ("RUNNING",), "None reads like that of the rows' own status: IDLE"),
         (("on", "off"), ("running",), "None reads like that of the rows' own status: off, on."),
         ((), ("running",), "There is no row yet to tell it by."),
     ],
-    ids=["as Celery has them", "foreign", "none"],
+    ids=["as Celery has them", "a crash of theirs", "in capitals", "foreign", "none"],
 )
 def test_what_is_in_flight_is_told_by_the_words_that_are_there(
     blank: Database, home: Path, rows: tuple[str, ...], in_flight: tuple[str, ...], told: str | None
@@ -381,10 +416,12 @@ def test_what_is_in_flight_is_told_by_the_words_that_are_there(
     assert target.in_flight == in_flight
     if told is None:
         assert target.terminal is not None
-        assert {"SUCCESS", "REVOKED"} < set(target.terminal)
+        assert {"SUCCESS", "REVOKED"} & set(rows) < set(target.terminal)
+        assert target.crashed == ("FAILURE" if "FAILURE" in rows else "FAILED")
         assert "which are in the hands" not in text
     else:
-        assert f"# GUESS AGAIN: which are in the hands of a worker?\n# {told}\n" in text
+        assert f"# GUESS AGAIN: which are in the hands of a worker?\n# {told}" in text
+        assert target.crashed == ("FAILED" if "".join(rows).isupper() else "failed")
 
 
 def test_what_no_role_has_is_named_and_a_foreign_key_names_the_worker(
@@ -504,6 +541,12 @@ TWO = f"{JOBS}; CREATE TABLE tasks (id int PRIMARY KEY, state text, created time
             "no source of signs of life",
         ),
         (JOBS, ["--target", "My Jobs"], "the target's name is 'My Jobs': give lower-case letters"),
+        (JOBS, ["--table", ""], "--table is '': give table or schema.table"),
+        (
+            JOBS,
+            ["--database-url-env", ""],
+            "--database-url-env is '': give the name of the variable that holds the address",
+        ),
         (JOBS, ["--database-url-env", "UNSET_X"], "'UNSET_X' (database_url_env), which is not set"),
         (
             JOBS,

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy.exc import ArgumentError
 
 from orphan_recovery import ConfigurationError
-from orphan_recovery.database import database_url, describe
+from orphan_recovery.database import database_url, describe, shown
 from orphan_recovery.redact import redact
 from orphan_recovery.request import SweepRequest
 from support import Database
@@ -85,6 +85,20 @@ def test_an_address_that_can_be_meant_in_one_way_only_is_understood(
     assert (url.host, url.password, url.database) == ("host", password, database)
 
 
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        ("postgresql://me:S3cret@host:5433/name", "postgresql://me:***@host:5433/name"),
+        ("postgres://me:@/name", "postgresql://me@/name"),
+        ("postgresql+asyncpg://me@host/name", "postgresql://me@host/name"),
+        ("postgresql://host/name?password=S3cret", "postgresql://host/name?password=***"),
+        ("postgresql://me@/name?host=%2Ftmp%2Fsocket", "postgresql://me@/name?host=/tmp/socket"),
+    ],
+)
+def test_an_address_is_shown_as_people_write_it_without_its_password(raw: str, told: str) -> None:
+    assert shown(database_url(raw)) == told
+
+
 def test_no_address_names_both_variables_and_the_file_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,9 +150,9 @@ def test_a_row_that_the_server_shows_in_detail_is_not_shown(db: Database) -> Non
     ],
 )
 def test_a_password_is_never_shown(text: str) -> None:
-    for shown in (redact(text), describe(RuntimeError(text)), describe(ArgumentError(text))):
-        assert "S3cret" not in shown
-        assert "***" in shown
+    for said in (redact(text), describe(RuntimeError(text)), describe(ArgumentError(text))):
+        assert "S3cret" not in said
+        assert "***" in said
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,42 @@ def test_a_server_that_asks_for_a_password_is_told_of_by_the_doctor_too() -> Non
     assert "PREFECT_API_AUTH_STRING" in (schedule.way_out or "")
 
 
+def test_flow_runs_that_nothing_picks_up_are_told_of_by_the_doctor(
+    deployed: None, api: Api, client: dict[str, str]
+) -> None:
+    """Before there is a worker."""
+    path = f"/deployments/{api.deployment('on-demand')['id']}/create_flow_run"
+    made = []
+
+    def due(minutes_ago: float, called: str = "Scheduled") -> None:
+        at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
+        details = {"scheduled_time": at.isoformat()}
+        state = {"type": "SCHEDULED", "name": called, "state_details": details}
+        asked = api.call("POST", path, {"state": state}).raise_for_status()
+        made.append(asked.json()["id"])
+
+    try:
+        with temporary_settings({PREFECT_API_URL: api.url}):
+            due(-5)
+            due(0.05)
+            well = look_up_schedule(Target())
+            assert "late" not in well.told, "none that is to come, nor one that is due just now"
+            due(0.3, "Late")
+            one = look_up_schedule(Target())
+            assert one.told == (
+                f"{well.told}; 1 flow run of on-demand is late: nothing picks it up"
+            )
+            due(2)
+            two = look_up_schedule(Target())
+        assert "; 2 flow runs of on-demand are late: nothing picks them up" in two.told
+        assert (two.way_out or "").startswith(
+            "see whether `prefect worker start` or `orphan-recovery serve` is up; "
+        )
+    finally:
+        for flow_run in made:
+            api.call("DELETE", f"/flow_runs/{flow_run}").raise_for_status()
+
+
 @pytest.mark.parametrize("loss", ["cut", "swallow"])
 def test_a_server_that_goes_away_while_a_pipeline_waits_is_named(
     deployed: None, api: Api, client: dict[str, str], tmp_path: Path, loss: str

@@ -137,6 +137,14 @@ def address(target: "Target") -> URL:
     return database_url()
 
 
+def named_address(target: "Target") -> str:
+    """Where :func:`address` takes it from, for people: the variable, or the Secret block."""
+    if target.database_url_secret:
+        return f"the Prefect Secret block {target.database_url_secret!r}"
+    given = (name for name in DATABASE_VARIABLES if os.environ.get(name))
+    return target.database_url_env or next(given, DATABASE_VARIABLES[0])
+
+
 def _secret(target: str, block: str) -> str:
     from prefect.blocks.system import Secret
     from prefect.settings import get_current_settings
@@ -299,8 +307,18 @@ async def set_lock_timeout(db: Executor, milliseconds: int) -> None:
 
 
 def shown(url: URL) -> str:
-    """An address for people: without its password, and readable where a socket's path is in it."""
-    return unquote(url.render_as_string(hide_password=True))
+    """An address for people: as they write it, without its password and the driver that we add,
+    and readable where a socket's path is in it."""
+    plain = URL.create(
+        url.get_backend_name(),
+        username=url.username,
+        password=url.password or None,  # where there is none, no stars say that there is
+        host=url.host,
+        port=url.port,
+        database=url.database,
+        query=url.query,
+    )
+    return redact(unquote(plain.render_as_string(hide_password=True)))
 
 
 def describe(error: BaseException) -> str:

@@ -39,7 +39,7 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "started_at": (
         *("startedat", "started", "startedon", "starttime", "attemptedat", "claimedat"),
-        *("lockedat", "pickedat", "acquiredat", "beganat"),
+        *("lockedat", "pickedat", "acquiredat", "begunat", "beganat"),
     ),
     "heartbeat_at": (
         *("heartbeatat", "heartbeat", "heartbeaton", "lastheartbeatat", "lastheartbeat"),
@@ -137,7 +137,7 @@ def draft_target(
     draft.set("table", _quoted(relation.schema, relation.name), f"a {relation.what}, found there")
     columns = _columns(relation)
     _statuses(connection, relation, columns["status"], draft)
-    draft.say("threshold_minutes = 30  # the silence that makes an orphan; see `doctor`")
+    draft.say("threshold_minutes = 30  # the silence that makes an orphan; see `backtest`")
     section: list[str] = []
     heartbeat = _worker_table(connection, relation)
     if heartbeat is not None or "heartbeat_at" in columns:
@@ -169,7 +169,7 @@ def _relation(connection: Connection, table: str | None) -> Relation:
         try:
             relation = look_up(connection, *split_table(table))
         except ValueError as error:
-            raise ConfigurationError(str(error)) from None
+            raise ConfigurationError(f"--{error}") from None
         if relation is None:
             close = similar(connection, split_table(table)[1])
             hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -280,7 +280,7 @@ def _statuses(connection: Connection, relation: Relation, column: str, draft: Dr
         draft.say(f"{GUESS_AGAIN}: which are in the hands of a worker?")
         none = f"None reads like that of {source}: {', '.join(values)}."
         draft.say(none if values else "There is no row yet to tell it by.")
-        kinds["in_flight"] = ["running" if facts.is_text else SAY_WHICH]
+        kinds["in_flight"] = [_as_others("running", values) if facts.is_text else SAY_WHICH]
     as_there = partial(_as_there, facts)
     in_flight = as_there(kinds["in_flight"])
     draft.set("in_flight", in_flight, f"in the hands of a worker; from {source}")
@@ -288,13 +288,18 @@ def _statuses(connection: Connection, relation: Relation, column: str, draft: Dr
         waiting = as_there(kinds["waiting"])
         draft.set("waiting", waiting, "held by no worker, so none can die holding it")
     if crashed is None:
-        crashed = "failed" if facts.is_text else SAY_WHAT
+        crashed = _as_others("failed", values) if facts.is_text else SAY_WHAT
         draft.say(f"{GUESS_AGAIN}: no status reads as a crash.")
     draft.set("crashed", as_there([crashed])[0], "what a crash is called here")
     terminal = list(dict.fromkeys([*kinds["terminal"], crashed]))
     draft.set("terminal", as_there(terminal), "ended for good")
     for value in kinds["unknown"]:
         draft.say(f"{GUESS_AGAIN}: what is {value!r}? Add it to in_flight, waiting or terminal.")
+
+
+def _as_others(word: str, values: list[str]) -> str:
+    """A status that is not there, in capitals where those are that are."""
+    return word.upper() if "".join(values).isupper() else word
 
 
 def _as_there(facts: ColumnFacts, values: list[str]) -> list[str | int]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orphan_recovery.backtest.measure import FEW, AtThreshold, Backtest, UnderRule
+from orphan_recovery.backtest.measure import FEW, AtThreshold, Backtest
 from orphan_recovery.target import DEFAULT_TARGET
 from orphan_recovery.targets import where
 from orphan_recovery.words import counted, iso, span
@@ -46,10 +46,16 @@ def _headline(tested: Backtest) -> str:
     if safe is None:
         longest = f", and the longest silence was {_span(tested.longest)}" if crashed else ""
         return f"{told}; each of these would have crashed some{longest}"
+    if tested.beaten:
+        told += f"; of {safe.minutes} min and longer nothing is known to be wrong (a lower bound, "
+        told += "since runs beat; `doctor` says what heartbeats and the schedule ask for)"
+    elif safe is now:
+        told += "; it is the least of these that would have crashed none"
+    else:
+        told += f"; {safe.minutes} min is the least of these that would have crashed none"
     if safe is now:
-        return f"{told}; it is the least of these that would have crashed none"
-    told += f"; {safe.minutes} min is the least of these that would have crashed none: recovery "
-    told += f"would have come {_later(tested.later(safe))}"
+        return told
+    told += f": recovery would have come {_later(tested.later(safe))}"
     if safe.deaths_later and safe.minutes > now.minutes:
         told += f", and {safe.deaths_later:,} of {tested.deaths:,} deaths would have waited longer"
     return told
@@ -208,7 +214,7 @@ def rule_rows(tested: Backtest) -> list[dict[str, str]]:
             "threshold": "never" if rule.minutes is None else f"{rule.minutes} min",
             "runs": f"{rule.runs:,}",
             "wrongly crashed": f"{rule.crashed:,}",
-            "longest silence": _longest(rule),
+            "longest silence": "" if rule.longest is None else span(rule.longest),
         }
         for rule in tested.rules
     ]
@@ -223,7 +229,7 @@ def plot(tested: Backtest, width: int = 80, *, ascii_only: bool = False) -> list
     ends = [f"{at.crashed:,}{_remark(at, tested)}" for at in tested.at]
     margin = _margin(tested)
     most = max(at.crashed for at in tested.at) or 1
-    left = [width - margin - len(" │") - len(" ") - len(end) for end in ends]
+    left = [width - margin - len(" │ ") - len(end) for end in ends]
     fits = [int(n * most / at.crashed) for n, at in zip(left, tested.at, strict=True) if at.crashed]
     room = max(8, min([WIDEST_BAR, *fits]))
     lines = []
@@ -237,7 +243,7 @@ def show(tested: Backtest, console: Console) -> None:
     """Everything, for a terminal or a pipe; the headline last."""
     if tested.replayed or tested.deaths:
         rows = [{k: v for k, v in row.items() if k != "in tasks"} for row in as_rows(tested)]
-        console.print(_table(rows))
+        console.print(_table(rows), end="\n\n")
         console.print(Text(f"Runs that each threshold would have crashed, of {_of_all(tested)}:\n"))
         for line in plot(tested, console.width, ascii_only=console.options.ascii_only):
             console.print(Text(line), no_wrap=True, crop=False)
@@ -245,10 +251,13 @@ def show(tested: Backtest, console: Console) -> None:
         if crashed := [at for at in tested.at if at.crashed]:
             console.print(Text("In tasks:\n"))
             for at in crashed:
-                console.print(Text(f"{f'{at.minutes} min':>{_margin(tested)}}  {_tasks(at)}"))
+                label = f"{f'{at.minutes} min':>{_margin(tested)}}  "
+                for words in Text(_tasks(at)).wrap(console, max(8, console.width - len(label))):
+                    console.print(Text(label).append_text(words))
+                    label = " " * len(label)
             console.print()
     if tested.rules:
-        console.print(_table(rule_rows(tested)))
+        console.print(_table(rule_rows(tested)), end="\n\n")
     for note in notes(tested):
         console.print(Text(f"note: {note}"))
     console.print(Text(headline(tested)))
@@ -272,10 +281,9 @@ def as_markdown(tested: Backtest) -> str:
 
 def _table(rows: list[dict[str, str]]) -> Table:
     """Nothing is cut off: what does not fit its column goes on in the next line."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in rows[0]:
-        left = name == "rule"
-        table.add_column(name, overflow="fold", justify="left" if left else "right")
+        table.add_column(name, overflow="fold", justify="left" if name == "rule" else "right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row.values()))
     return table
@@ -303,7 +311,8 @@ def _margin(tested: Backtest) -> int:
 
 def _remark(at: AtThreshold, tested: Backtest) -> str:
     told = ["now"] if at is tested.present else []
-    told += ["least that crashes none"] if at is tested.least_safe else []
+    if at is tested.least_safe:
+        told.append("none known from here on" if tested.beaten else "least that crashes none")
     return f"  ({', '.join(told)})" if told else ""
 
 
@@ -322,8 +331,9 @@ def _crashed(at: AtThreshold, tested: Backtest | None) -> str:
 
 def _tasks(at: AtThreshold) -> str:
     told = [f"{_task(task.task)} {task.runs:,}" for task in at.tasks]
-    left = at.crashed - sum(task.runs for task in at.tasks)
-    return ", ".join([*told, *([f"others {left:,}"] if left else [])])
+    if left := at.crashed - sum(task.runs for task in at.tasks):
+        told.append(f"others {left:,}")
+    return ", ".join(told)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -362,14 +372,13 @@ def _later(minutes: int) -> str:
 
 
 def _of_all(tested: Backtest) -> str:
-    if tested.finished > tested.only_in_ledger:
-        return f"{_runs(tested.replayed)} that finished"
-    return f"{_runs(tested.replayed)} that lived"
+    how = "finished" if tested.finished > tested.only_in_ledger else "lived"
+    return f"{_runs(tested.replayed)} that {how}"
 
 
 def _sources(tested: Backtest) -> str:
     days = "the last day has" if tested.days == 1 else f"the last {tested.days} days have"
-    read = [*(["the table"] if tested.has_ends else []), *(["the ledger"] * tested.has_ledger)]
+    read = [*["the table"] * tested.has_ends, *["the ledger"] * tested.has_ledger]
     return f"{days}, in {_listed(read)}," if read else f"{days}"
 
 
@@ -384,10 +393,6 @@ def _runs(count: int) -> str:
 
 def _span(length: timedelta | None) -> str:
     return "unknown" if length is None else span(length)
-
-
-def _longest(rule: UnderRule) -> str:
-    return "" if rule.longest is None else span(rule.longest)
 
 
 def _seconds(length: timedelta | None) -> float | None:

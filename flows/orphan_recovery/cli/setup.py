@@ -57,6 +57,11 @@ def init(
     from orphan_recovery.describe import describe_runs
     from orphan_recovery.guess import GUESS_AGAIN, draft_target
 
+    if database_url_env == "":
+        raise ConfigurationError(
+            "--database-url-env is '': give the name of the variable that holds the address of the "
+            "database, or leave the option out"
+        )
     if database_url_env is None:
         set_ = (name for name in DATABASE_VARIABLES if os.environ.get(name))
         database_url_env = next(set_, DATABASE_VARIABLES[0])
@@ -73,10 +78,11 @@ def init(
     unfit = None
     with _connected(probe) as connection:
         described, section = draft_target(connection, target, table, database_url_env)
+        is_to_correct = f"# {GUESS_AGAIN}" in section
         try:
             describe_runs(connection, described)
         except ConfigurationError as error:
-            if GUESS_AGAIN not in section:  # it does not even fit where it claims to
+            if not is_to_correct:  # it does not even fit where it claims to
                 raise
             unfit = error
     before = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -85,11 +91,18 @@ def init(
     typer.echo(section)
     if unfit is not None:
         typer.echo(f"written to {path}, and not fit yet: {unfit}")
-        typer.echo(f"Correct the lines that say {GUESS_AGAIN}, then:")
+    if is_to_correct:
+        also = "" if unfit else f"written to {path}. "
+        typer.echo(f"{also}Correct the lines that say {GUESS_AGAIN} first, read each guess, then:")
     else:
         typer.echo(f"written to {path}. Read each guess, then:")
-    typer.echo(f"  orphan-recovery doctor --target {target}")
-    typer.echo(f"  orphan-recovery sql --target {target}      # what `migrate` would do there")
+    steps = {
+        "doctor": "is it fit to be swept?",
+        "backtest": "is the threshold right?",
+        "sql": "what `migrate` would do there",
+    }
+    for command, why in steps.items():
+        typer.echo(f"  {f'orphan-recovery {command} --target {target}':<{len(target) + 36}}# {why}")
     typer.echo(f"  orphan-recovery sweep --target {target} --dry-run")
 
 
@@ -131,11 +144,24 @@ def sql(
     Executes nothing. What is there already is left out; run as the tables' owner, by psql, it
     comes to the same as `migrate`.
     """
+    from sqlalchemy.exc import DBAPIError
+
+    from orphan_recovery.database import describe, missing_right, named_address
     from orphan_recovery.schema.review import as_sql
 
     meant = find_target(target)
-    with _connected(meant) as connection:
-        typer.echo(as_sql(connection, meant, role, worker_role))
+    try:
+        with _connected(meant) as connection:
+            script = as_sql(connection, meant, role, worker_role)
+    except DBAPIError as error:
+        told = describe(error)
+        if not missing_right(told):
+            raise
+        raise ConfigurationError(
+            f"{told}. This database role may not look at what is there: have the tables' owner run "
+            f"this command, with an address of the owner's in {named_address(meant)}"
+        ) from None
+    typer.echo(script)
 
 
 def migrate(
@@ -184,16 +210,15 @@ def backtest(
     as_json: AsJson = False,
 ) -> None:
     """Replay thresholds over runs that lived: which would have crashed some? Reads only."""
-    from rich.console import Console
-
     from orphan_recovery.backtest.measure import backtest_target
     from orphan_recovery.backtest.report import as_dict, show
+    from orphan_recovery.cli.table import console_here
 
     tested = asyncio.run(backtest_target(find_target(target), threshold_minutes or None, days))
     if as_json:
         typer.echo(json.dumps(as_dict(tested), indent=2))
     else:
-        show(tested, Console(highlight=False))
+        show(tested, console_here())
 
 
 @contextmanager

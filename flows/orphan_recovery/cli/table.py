@@ -20,11 +20,16 @@ GAP: Final = 2
 """Blanks between two columns."""
 
 
+def console_here() -> Console:
+    """As wide as the terminal; in a pipe so wide that nothing is wrapped."""
+    return Console(width=None if sys.stdout.isatty() else 1_000, highlight=False)
+
+
 def print_table(rows: list[dict[str, str]], console: Console | None = None) -> None:
     """Nothing is cut off, in a pipe nothing is wrapped, and a column with nothing in it goes."""
     if not rows:
         return
-    console = console or Console(width=None if sys.stdout.isatty() else 1_000)
+    console = console or console_here()
     filled = [name for name in rows[0] if any(row[name] for row in rows)]
     columns = {name: [name, *(row[name] for row in rows)] for name in filled}
     room = console.width - GAP * (len(filled) - 1)

@@ -87,16 +87,24 @@ async def _database(engine: AsyncEngine, target: Target, schedule: Schedule) -> 
             "see whether the address, the password and the network are right"
         )
         return [Finding(Level.FAILURE, "database", told, way_out)]
+    refused: dict[str, list[str]] = {}
     for about, ask in _QUESTIONS.items():
         try:
             async with _look(engine) as db:
                 findings += await ask(Examined(db, table, request, schedule))
         except (DBAPIError, OSError) as error:
-            told = f"could not be asked: {describe(error)}"
-            way_out = "give this role the right to read it, or try again at a quieter time"
-            findings.append(Finding(Level.FAILURE, about, told, way_out))
+            told = describe(error)
+            if missing_right(told):
+                refused.setdefault(told, []).append(about)
+                continue
+            way_out = "try again at a quieter time"
+            findings.append(Finding(Level.FAILURE, about, f"could not be asked: {told}", way_out))
         except ConfigurationError as error:  # such as a schema that is dropped at this moment
             findings.append(Finding(Level.FAILURE, about, str(error)))
+    for told, asked in refused.items():  # one right may be what many questions need
+        told = f"could not be asked, of {', '.join(asked)}: {told}"
+        right = missing_right(told, target.name)
+        findings.append(Finding(Level.FAILURE, "privileges", told, right))
     return findings
 
 

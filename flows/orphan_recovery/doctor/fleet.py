@@ -4,25 +4,36 @@ The hazard is a fleet that lives, and whose signs of life do not say so. Reads o
 """
 
 import json
+from collections import Counter
 from datetime import timedelta
 from typing import Final
+from uuid import UUID
 
 from sqlalchemy import func, or_, select, text
+from sqlalchemy.exc import DBAPIError
 
+from orphan_recovery.backtest.measure import FEW, Backtest, backtest
 from orphan_recovery.database import NOW
 from orphan_recovery.detect import look_at_fleet, orphans
 from orphan_recovery.doctor.finding import Examined, Finding, Level
 from orphan_recovery.doctor.schedule import DEFAULT_INTERVAL
 from orphan_recovery.doctor.time_zone import naive_times
 from orphan_recovery.doubt import beat_of, look_at_circumstances
-from orphan_recovery.ledger import SCHEMA, Ended, approvals, holds, sweeps
+from orphan_recovery.ledger import SCHEMA, Ended, approvals, holds, sweeps, verdicts
 from orphan_recovery.rules import shortest
 from orphan_recovery.target import BEATS_IN_A_THRESHOLD, GRACE_BEATS
 from orphan_recovery.targets import where
+from orphan_recovery.verdict import Outcome
 from orphan_recovery.words import counted, iso, some_of, span
 
 SWEEPS_MISSED: Final = 3
 """Intervals between sweeps after which the last that ended well is too long ago."""
+WRONGLY_CRASHED: Final = 0.05
+"""The share of the runs that finished above which a threshold that would have crashed them is a
+failure."""
+REPLAY_MS: Final = 3_000
+"""How long a look through the runs that finished may take, before it is left to `backtest`."""
+QUERY_CANCELED: Final = "57014"
 
 
 async def look_at_clocks(asked: Examined) -> list[Finding]:
@@ -93,9 +104,7 @@ async def look_at_threshold(asked: Examined) -> list[Finding]:
             way_out = f"set {where(target, 'heartbeat_seconds')}, or ask again while runs beat"
             told = f"{told}; {how}, so that it cannot be held against the heartbeat"
             return [Finding(Level.WARNING, "threshold", told, way_out)]
-        way_out = "let runs beat, or keep the threshold above the longest honest run"
-        told = f"{told}; runs do not beat, so that age is taken for silence"
-        return [Finding(Level.WARNING, "threshold", told, way_out)]
+        return [await _by_age(asked, told)]
     needed = BEATS_IN_A_THRESHOLD * beat + every
     told = f"{told}, and a beat every {span(beat)} ({how})"
     if least < needed:
@@ -122,39 +131,96 @@ async def look_at_threshold(asked: Examined) -> list[Finding]:
     return [Finding(Level.OK, "threshold", told)]
 
 
+async def _by_age(asked: Examined, told: str) -> Finding:
+    """Where runs do not beat, those that finished tell whether the threshold is too short."""
+    level, table = Level.WARNING, asked.table
+    told += "; runs do not beat, so that age is taken for silence"
+    way_out = (
+        "let runs beat, or keep the threshold above the longest honest run: `orphan-recovery "
+        f"backtest --target {table.target.name}` says how many runs that finished each threshold "
+        "would have crashed"
+    )
+    # What events tell is of now and not of then, so that more would look silent than was.
+    tested = None if table.elsewhere or not table.has("completed_at") else await _tested(asked)
+    of = tested.replayed + sum(rule.runs for rule in tested.rules) if tested else 0
+    if tested and of:
+        crashed = tested.present.crashed + sum(rule.crashed for rule in tested.rules)
+        told += f"; of {counted(of, 'run')} that finished in the last {tested.days} days it would "
+        told += f"have crashed {crashed or 'none'}"
+        if of >= FEW and crashed > WRONGLY_CRASHED * of:
+            level = Level.FAILURE
+    return Finding(level, "threshold", told, way_out)
+
+
+async def _tested(asked: Examined) -> Backtest | None:
+    """The target's own threshold, replayed; None where that takes long."""
+    target = asked.table.target
+    await asked.db.execute(select(func.set_config("statement_timeout", str(REPLAY_MS), True)))
+    try:
+        return await backtest(asked.db, target, (target.threshold_minutes,))
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) != QUERY_CANCELED:
+            raise
+        return None
+
+
 async def look_at_last_sweep(asked: Examined) -> list[Finding]:
     if await asked.db.scalar(select(func.to_regclass(f"{SCHEMA}.sweeps"))) is None:
         return []  # said already: there is no ledger
+    name = asked.table.target.name
     statement = select(NOW - func.max(sweeps.c.ended_at)).where(
-        sweeps.c.target == asked.table.target.name, sweeps.c.ended_as == Ended.COMPLETED.value
+        sweeps.c.target == name, sweeps.c.ended_as == Ended.COMPLETED.value
     )
     age: timedelta | None = await asked.db.scalar(statement)
+    since = (await asked.db.execute(_SINCE_THE_LAST, {"target": name})).all()
+    told = "no sweep of this target has ended well yet"
+    if age is not None:
+        told = f"the last sweep that ended well was {span(age)} ago"
     way_out = "see whether the schedule, its worker and its database address are well"
-    if age is None:
-        told = "no sweep of this target has ended well yet"
-        first = f"`orphan-recovery sweep --target {asked.table.target.name} --dry-run`"
-        return [Finding(Level.WARNING, "last sweep", told, f"{first}, then without --dry-run")]
-    told = f"the last sweep that ended well was {span(age)} ago"
-    since = await asked.db.execute(_SINCE_THE_LAST, {"target": asked.table.target.name})
-    if failed := since.all():
-        told = f"{told}; of those since, {counted(len(failed), 'sweep')} did not, or not yet"
-        error = next((row.error for row in failed if row.error), None)
-        told += f"; the last because {error}" if error else ""
-        return [Finding(Level.WARNING, "last sweep", told, way_out)]
-    if age > SWEEPS_MISSED * (asked.schedule.every or DEFAULT_INTERVAL):
-        return [Finding(Level.WARNING, "last sweep", told, way_out)]
-    return [Finding(Level.OK, "last sweep", told)]
+    longest = SWEEPS_MISSED * (asked.schedule.every or DEFAULT_INTERVAL)
+    amiss = Counter(row.ended_as for row in since if row.ended_as != Ended.HELD.value)
+    if amiss:
+        told += f"; of those {'so far' if age is None else 'since'}, "
+        told += ", ".join(f"{runs} {_AMISS[how]}" for how, runs in amiss.items())
+        for row in since:
+            if because := row.error or await _why_not_marked(asked, row.sweep_id, row.failed):
+                told += f"; the last because {because}"
+                way_out = f"mend that cause; its verdicts are under sweep {row.sweep_id}"
+                break
+    if since and since[0].ended_as == Ended.HELD.value:
+        told += f"; the last was held, {span(since[0].age)} ago"
+        is_late = amiss or since[0].age > longest
+        way_out = f"see hold; and {way_out}" if is_late else "see hold"
+    elif age is None and not amiss:
+        way_out = f"`orphan-recovery sweep --target {name} --dry-run`, then without --dry-run"
+    elif age is not None and not amiss and age <= longest:
+        return [Finding(Level.OK, "last sweep", told)]
+    return [Finding(Level.WARNING, "last sweep", told, way_out)]
 
+
+async def _why_not_marked(asked: Examined, sweep_id: UUID, failed: int | None) -> str | None:
+    """Of a sweep that came to its end, and has no error of its own: the newest of its runs'."""
+    if not failed:
+        return None
+    newest = select(verdicts.c.error).where(
+        verdicts.c.sweep_id == sweep_id, verdicts.c.outcome == Outcome.FAILED.value
+    )
+    error = await asked.db.scalar(newest.order_by(verdicts.c.judged_at.desc()).limit(1))
+    return f"{counted(failed, 'run')} could not be marked{f' ({error})' if error else ''}"
+
+
+_AMISS: Final = {"failed": "failed", "died": "died", None: "open still, or cut off"}
 
 # One that is open for longer than a minute may be at work, or was cut off before it could close
-# itself. What a hold stopped is told of by the hold.
+# itself.
 _SINCE_THE_LAST: Final = text(
     f"""
-    SELECT error FROM {SCHEMA}.sweeps
+    SELECT sweep_id, ended_as, error, failed, statement_timestamp() - opened_at AS age
+    FROM {SCHEMA}.sweeps
     WHERE target = :target
-      AND opened_at > (SELECT max(opened_at) FROM {SCHEMA}.sweeps
-                       WHERE target = :target AND ended_as = 'completed')
-      AND (ended_as IN ('failed', 'died')
+      AND opened_at > coalesce((SELECT max(opened_at) FROM {SCHEMA}.sweeps
+                                WHERE target = :target AND ended_as = 'completed'), '-infinity')
+      AND (ended_as IN ('failed', 'died', 'held')
            OR (ended_at IS NULL AND opened_at < statement_timestamp() - interval '1 minute'))
     ORDER BY opened_at DESC LIMIT 100
     """  # noqa: S608 - of constants
@@ -189,7 +255,7 @@ async def look_at_holds(asked: Examined) -> list[Finding]:
             f"if they are dead, `orphan-recovery approve {hold_id} --target {name}`; if they live, "
             "nothing: it is closed by the first sweep that hears of them"
         )
-        found.append(Finding(Level.WARNING, "hold", told, way_out))
+        found.append(Finding(Level.FAILURE, "hold", told, way_out))
     return found
 
 

@@ -1,7 +1,7 @@
 """Schedule: how often a target is swept, as the Prefect API tells it. Reads only."""
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from orphan_recovery.database import describe
@@ -9,7 +9,7 @@ from orphan_recovery.names import ALL_FLOW_NAME, ALL_TARGETS, FLOW_NAME
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target
-from orphan_recovery.words import span
+from orphan_recovery.words import counted, span
 
 CREDENTIALS: Final = (
     "set PREFECT_API_AUTH_STRING, or PREFECT_API_KEY for Prefect Cloud, to what it asks for"
@@ -17,6 +17,8 @@ CREDENTIALS: Final = (
 """What to do about a Prefect API that answers 401 or 403."""
 DEFAULT_INTERVAL: Final = timedelta(minutes=5)
 """Between sweeps, where nobody can be asked: what prefect.yaml says."""
+OVERDUE: Final = timedelta(minutes=1)
+"""After which a flow run that is still Scheduled is late, whatever its server calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ def look_up_schedule(target: Target) -> Schedule:
         )
     try:
         deployments = _deployments(target)
+        names = {deployment.id: deployment.name for deployment in deployments}
+        late = _late(list(names)) if names else []
     except Exception as error:  # whatever the client makes of a server that is not there
         told = f"the Prefect API at {api} cannot be asked"
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -55,6 +59,20 @@ def look_up_schedule(target: Target) -> Schedule:
             way_out="`prefect --no-prompt deploy --all`, for another target than the default one "
             "after adding it to prefect.yaml (it shows how); or `orphan-recovery serve`",
         )
+    known = _by_interval(target, api, deployments)
+    if not late:
+        return known
+    of = ", ".join(sorted({names[run.deployment_id] for run in late}))
+    are = f"{counted(len(late), 'flow run')} of {of} {'is' if len(late) == 1 else 'are'} late"
+    way_out = "see whether `prefect worker start` or `orphan-recovery serve` is up"
+    return Schedule(
+        f"{known.told}; {are}: nothing picks {'it' if len(late) == 1 else 'them'} up",
+        known.every,
+        f"{way_out}; {known.way_out}" if known.way_out else way_out,
+    )
+
+
+def _by_interval(target: Target, api: str, deployments: list[Any]) -> Schedule:
     names = ", ".join(sorted(deployment.name for deployment in deployments))
     intervals = [
         schedule.schedule.interval
@@ -78,6 +96,28 @@ def look_up_schedule(target: Target) -> Schedule:
             "how) and deploy it, or use `orphan-recovery serve`",
         )
     return Schedule(f"deployments at {api}: {names}; every {span(min(intervals))}", min(intervals))
+
+
+def _late(deployment_ids: list[Any]) -> list[Any]:
+    """Flow runs that were due, and that nobody has begun; a hundred at most."""
+    from prefect import get_client
+    from prefect.client.schemas import filters
+
+    due = filters.FlowRunFilter(
+        deployment_id=filters.FlowRunFilterDeploymentId(any_=deployment_ids),
+        state=filters.FlowRunFilterState(
+            name=filters.FlowRunFilterStateName(any_=["Late", "Scheduled"])
+        ),
+        expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+    )
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(flow_run_filter=due, limit=100)
+    since = datetime.now(UTC) - OVERDUE
+    return [
+        run
+        for run in found
+        if run.state_name == "Late" or (run.expected_start_time or since) < since
+    ]
 
 
 def _deployments(target: Target) -> list[Any]:

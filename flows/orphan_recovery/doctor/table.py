@@ -147,19 +147,50 @@ async def look_at_statuses(asked: Examined) -> list[Finding]:
     counts = {row["status"]: row["runs"] for row in rows}
     known = {*target.in_flight, *target.waiting, *(target.ends or ()), target.crashed}
     unknown = {s: n for s, n in counts.items() if s not in known}
+    found = []
+    if counts and target.crashed not in counts and not await _is_provided_for(asked):
+        told = f"no row has the status {target.crashed!r} that a mark writes, nor does the table "
+        told += "name it: does your application know it?"
+        way_out = f"if not, let {where(target, 'crashed')} be what it calls a run that failed"
+        found.append(Finding(Level.WARNING, "statuses", told, way_out))
     if not unknown:
         told = ", ".join(f"{s}: {n:,}" for s, n in counts.items()) or "no rows yet"
-        return [Finding(Level.OK, "statuses", told)]
+        return found or [Finding(Level.OK, "statuses", told)]
     told = ", ".join(f"{'NULL' if s is None else repr(s)}: {n:,}" for s, n in unknown.items())
     return [
+        *found,
         Finding(
             Level.WARNING,
             "statuses",
             f"the table has statuses that the target does not know: {told}",
             f"add each to in_flight, waiting or terminal of {where(target)}; what is not in "
             "flight is never swept",
-        )
+        ),
     ]
+
+
+async def _is_provided_for(asked: Examined) -> bool:
+    """Whether the table, without a row that has it, names the status that a mark writes."""
+    table, target = asked.table, asked.table.target
+    fact = table.facts["status"]
+    if target.is_default_table or fact.labels:  # an enum without it was refused before
+        return True
+    statement = text(
+        "SELECT EXISTS (SELECT FROM pg_attribute a JOIN pg_constraint k"
+        " ON k.contypid = a.atttypid OR (k.conrelid = a.attrelid AND a.attnum = ANY(k.conkey))"
+        " WHERE a.attrelid = :oid AND a.attname = :name"
+        " AND (k.contype = 'f'"  # a table of statuses: what is not in it no mark could write
+        " OR (k.contype = 'c' AND pg_get_constraintdef(k.oid) ~ :named)))"
+    )
+    named = f"\\m{target.crashed}\\M"
+    if fact.category != "N":
+        named = f"***={_literal(target.crashed)}"
+    about = {"oid": table.relation.oid, "name": fact.name, "named": named}
+    return bool(await asked.db.scalar(statement, about))
+
+
+def _literal(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
 
 
 async def look_at_index(asked: Examined) -> list[Finding]:
