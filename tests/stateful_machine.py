@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orphan_recovery import database
-from orphan_recovery.hold import approve
+from orphan_recovery.approve import approve
 from orphan_recovery.report import SweepReport
 from stateful_checks import IN_FLIGHT, is_most, is_too_much, looks_dead, must, sign_of
 from stateful_deeds import MOVES, REPORTS, Deeds, Kind

@@ -17,11 +17,11 @@ import pytest
 from psycopg import sql
 
 from orphan_recovery import ConfigurationError
+from orphan_recovery.approve import approve
 from orphan_recovery.cli import main as cli
 from orphan_recovery.database import database_url, make_engine, transaction
 from orphan_recovery.doctor.examine import examine
 from orphan_recovery.doctor.finding import Finding, Level
-from orphan_recovery.hold import approve
 from orphan_recovery.recover import run_sweep
 from orphan_recovery.report import SweepReport
 from orphan_recovery.report_pages import as_markdown

@@ -15,10 +15,10 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from orphan_recovery.approve import approve
 from orphan_recovery.attempt import in_transaction
 from orphan_recovery.flow_hold import ENDED, LEAVE_THEM, Given
 from orphan_recovery.flow_tasks import errors_in_a_line
-from orphan_recovery.hold import approve
 from orphan_recovery.ledger import approvals, holds
 from orphan_recovery.words import iso, span
 

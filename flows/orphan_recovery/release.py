@@ -15,8 +15,7 @@ from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from orphan_recovery.database import address, describe, make_engine, transaction
-from orphan_recovery.hold import (
+from orphan_recovery.approve import (
     Approved,
     OpenHold,
     approve,
@@ -24,6 +23,7 @@ from orphan_recovery.hold import (
     open_holds,
     the_one_of,
 )
+from orphan_recovery.database import address, describe, make_engine, transaction
 from orphan_recovery.ledger import ledger_there
 from orphan_recovery.settings import ConfigurationError
 from orphan_recovery.target import Target

@@ -43,7 +43,7 @@ from orphan_recovery.target import Target
 from orphan_recovery.targets import find_target, load_targets
 
 if TYPE_CHECKING:
-    from orphan_recovery.hold import Approved
+    from orphan_recovery.approve import Approved
     from orphan_recovery.report import SweepReport
 
 app = typer.Typer(
