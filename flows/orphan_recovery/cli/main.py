@@ -150,7 +150,10 @@ def approve(
             show_default=False,
         ),
     ] = "",
-    target: TargetName = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Whose hold it is. Default: all targets' ledgers are asked for it."),
+    ] = None,
     minutes: Annotated[
         int, typer.Option(help="How long the approval holds.", min=1, max=MAX_APPROVED_MINUTES)
     ] = APPROVED_MINUTES,
@@ -158,8 +161,7 @@ def approve(
 ) -> None:
     """Release one hold: the next sweep marks the runs that it names, and no others.
 
-    For when you have seen that the workers it speaks of are dead. Without --target the hold is
-    looked for in the ledgers of all targets.
+    For when you have seen that the workers it speaks of are dead.
     """
     from orphan_recovery.release import NotAsked, find_hold, release
 
