@@ -2,9 +2,8 @@
 
 import re
 import threading
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -16,7 +15,7 @@ from orphan_recovery.schema import migrate as schema
 from orphan_recovery.schema.migrate import Migration, migrate, newest_revisions, unmigrate
 from orphan_recovery.target import Target
 from sql_support import a_role, seen_by
-from support import Database
+from support import Database, until
 from tables_support import do, set_for_all
 
 COLUMNS = {
@@ -347,8 +346,11 @@ def test_time_outs_of_the_database_end_no_index_build(db: Database) -> None:
             set_for_all(db, "transaction_timeout = '200ms'")
         thread = threading.Thread(target=build)
         thread.start()
-        db.await_lock_wait()
-        time.sleep(0.4)  # for longer than either time-out
+        waits: LiteralString = (
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()"
+            " AND wait_event_type = 'Lock' AND clock_timestamp() - query_start > '0.4 s')"
+        )
+        until(lambda: db.one(waits) or not thread.is_alive(), "a wait longer than the time-outs")
     thread.join()
     assert results == [("an index that serves detection: worker_runs_in_flight",)]
 

@@ -137,12 +137,21 @@ def address(target: "Target") -> URL:
     return database_url()
 
 
+def own_variable() -> str:
+    """Of the variables that name a database by themselves the one that is set, else the first."""
+    return next(filter(_is_set, DATABASE_VARIABLES), DATABASE_VARIABLES[0])
+
+
+def _is_set(variable: str) -> bool:
+    """Whether it has a value; ours are read whatever their case."""
+    return any(value and name.upper() == variable for name, value in os.environ.items())
+
+
 def named_address(target: "Target") -> str:
     """Where :func:`address` takes it from, for people: the variable, or the Secret block."""
     if target.database_url_secret:
         return f"the Prefect Secret block {target.database_url_secret!r}"
-    given = (name for name in DATABASE_VARIABLES if os.environ.get(name))
-    return target.database_url_env or next(given, DATABASE_VARIABLES[0])
+    return target.database_url_env or own_variable()
 
 
 def _secret(target: str, block: str) -> str:
@@ -175,14 +184,8 @@ def where_address_is(target: "Target", told: str) -> str | None:
     Returns:
         A sentence, or two; None where no address is set.
     """
-    set_ = {name.upper() for name, value in os.environ.items() if value}
-    if target.database_url_secret:
-        kept = f"the Prefect Secret block {target.database_url_secret!r}"
-    elif target.database_url_env:
-        kept = target.database_url_env if os.environ.get(target.database_url_env) else ""
-    else:
-        kept = next((name for name in DATABASE_VARIABLES if name in set_), "")
-    if not kept:
+    kept = named_address(target)
+    if not target.database_url_secret and not (os.environ.get(kept) or _is_set(kept)):
         return None
     way_out = " See whether it is right, and whether its server is up." * is_unreachable(told)
     return f"Target {target.name!r} takes its address from {kept}.{way_out}"

@@ -1,1 +1,1 @@
-"""The command line, in the order in which it is met: its commands, their options, its one table."""
+"""The command line: its commands, the options that several of them have, and its one table."""

@@ -19,10 +19,9 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.models import CommandInfo
 
 from orphan_recovery.cli import setup
 from orphan_recovery.cli.options import (
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from orphan_recovery.approve import Approved
     from orphan_recovery.report import SweepReport
 
+# A short_help fits into the list of commands, which is cut off at 80 columns.
 app = typer.Typer(
     name="orphan-recovery",
     help="Find runs whose worker died, mark each as crashed, and say why.",
@@ -80,7 +80,7 @@ def _options(
         logger.addHandler(handler)
 
 
-@app.command()
+@app.command(short_help="Run one whole sweep here, without Prefect.")
 def sweep(
     target: TargetName = None,
     all_targets: AllTargets = False,
@@ -141,7 +141,7 @@ def _exit_code(reports: "list[SweepReport]") -> int:
     return 3 if all(report.is_held for report in amiss) else 1
 
 
-@app.command()
+@app.command(short_help="Release one hold, once its workers are known dead.")
 def approve(
     hold: Annotated[
         str,
@@ -201,7 +201,7 @@ def _person() -> str:
         return f"user {os.getuid()} on {socket.gethostname()}"
 
 
-@app.command()
+@app.command(short_help="Show what stands crashed, and contested verdicts.")
 def summary(target: TargetName = None, as_json: AsJson = False) -> None:
     """Show how many runs stand crashed, the newest ten, and how many verdicts were contested."""
     from orphan_recovery.summarize import summarize_target
@@ -226,7 +226,7 @@ def summary(target: TargetName = None, as_json: AsJson = False) -> None:
                 typer.echo(f"    {side} {name}: {row['contested']} of {row['verdicts']}")
 
 
-@app.command()
+@app.command(short_help="Serve the schedules and deployments of all targets.")
 def serve() -> None:
     """Serve a schedule for each target, on-demand and all-targets, without a work pool."""
     from orphan_recovery.database import address
@@ -239,7 +239,7 @@ def serve() -> None:
     asyncio.run(serve_deployments(tell=typer.echo))
 
 
-@app.command()
+@app.command(short_help="Start a sweep in Prefect, for a deploy pipeline.")
 def trigger(
     target: TargetName = None,
     all_targets: AllTargets = False,
@@ -314,7 +314,7 @@ def trigger(
 setup.register(app)
 
 
-@app.command()
+@app.command(short_help="Kill real workers, and recover what they left.")
 def demo(
     ui: Annotated[
         bool, typer.Option("--ui", help="Leave Prefect's UI and fresh orphans up to click on.")
@@ -329,7 +329,8 @@ def demo(
 def main() -> None:
     """Run the command line; every error that is not a bug is one line on standard error."""
     for command in app.registered_commands:
-        _finish(command)
+        assert command.callback is not None  # noqa: S101 - each is a function's
+        command.callback = _naming_its_target(command.callback)
     try:
         app()
     except ConfigurationError as error:
@@ -337,29 +338,6 @@ def main() -> None:
     except BrokenPipeError:  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-
-
-_IN_SHORT: Final = {
-    "sweep": "Run one whole sweep here, without Prefect.",
-    "approve": "Release one hold, once its workers are known dead.",
-    "summary": "Show what stands crashed, and contested verdicts.",
-    "serve": "Serve the schedules and deployments of all targets.",
-    "trigger": "Start a sweep in Prefect, for a deploy pipeline.",
-    "init": "Describe a table of yours by looking at it.",
-    "doctor": "Say whether a target is fit to be swept.",
-    "sql": "Print what `migrate` would do, and a role, to review.",
-    "migrate": "Bring the schema up to date, or take it away.",
-    "backtest": "Replay thresholds over runs that lived.",
-    "demo": "Kill real workers, and recover what they left.",
-}
-"""Each command in the list of all, which is cut off at 80 columns: see :func:`main`."""
-
-
-def _finish(command: CommandInfo) -> None:
-    """Give a command its line in the list; and what goes wrong in it the target's name."""
-    assert command.callback is not None  # noqa: S101 - each is a function's
-    command.short_help = _IN_SHORT[command.callback.__name__]
-    command.callback = _naming_its_target(command.callback)
 
 
 def _naming_its_target(command: Callable[..., Any]) -> Callable[..., Any]:

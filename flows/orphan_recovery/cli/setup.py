@@ -5,7 +5,6 @@ They are kept apart from the sweep's because they are for a person, once, and no
 
 import asyncio
 import json
-import os
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,8 +27,11 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands, in the order in which a new user needs them."""
-    for command in (init, doctor, sql, migrate, backtest):
-        app.command()(command)
+    app.command(short_help="Describe a table of yours by looking at it.")(init)
+    app.command(short_help="Say whether a target is fit to be swept.")(doctor)
+    app.command(short_help="Print what `migrate` would do, and a role, to review.")(sql)
+    app.command(short_help="Bring the schema up to date, or take it away.")(migrate)
+    app.command(short_help="Replay thresholds over runs that lived.")(backtest)
 
 
 def init(
@@ -54,6 +56,7 @@ def init(
     Appends to orphan-recovery.toml (or the file that ORPHAN_RECOVERY_CONFIG names), and changes
     nothing in the database.
     """
+    from orphan_recovery.database import own_variable
     from orphan_recovery.describe import describe_runs
     from orphan_recovery.guess import GUESS_AGAIN, draft_target
 
@@ -63,8 +66,7 @@ def init(
             "database, or leave the option out"
         )
     if database_url_env is None:
-        set_ = (name for name in DATABASE_VARIABLES if os.environ.get(name))
-        database_url_env = next(set_, DATABASE_VARIABLES[0])
+        database_url_env = own_variable()
     path = load_settings().config or Path(CONFIG_FILE)
     if path.exists() and target in load_targets():
         raise ConfigurationError(
